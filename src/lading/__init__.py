@@ -1,0 +1,60 @@
+"""Load, place and run PyTorch models that do not fit, and get their insides out, without changing the model.
+
+This file is the door: it lists the public names and runs nothing. Each name is imported when it is first used, so that
+``import lading`` costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lading.api.embedding import Embedder as Embedder
+    from lading.api.loading import load as load
+    from lading.api.loading import load_into as load_into
+    from lading.checkpoint.empty import empty as empty
+    from lading.checkpoint.report import LoadReport as LoadReport
+    from lading.embed.store import VectorStore as VectorStore
+    from lading.errors import CheckpointError as CheckpointError
+    from lading.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from lading.errors import CorruptShardError as CorruptShardError
+    from lading.errors import LadingError as LadingError
+    from lading.errors import MissingExtraError as MissingExtraError
+    from lading.errors import MissingTensorError as MissingTensorError
+    from lading.errors import PlanError as PlanError
+    from lading.errors import ShapeMismatchError as ShapeMismatchError
+    from lading.errors import StoreError as StoreError
+
+_HOMES = {
+    "load": "api.loading",
+    "load_into": "api.loading",
+    "empty": "checkpoint.empty",
+    "Embedder": "api.embedding",
+    "VectorStore": "embed.store",
+    "LoadReport": "checkpoint.report",
+    "LadingError": "errors",
+    "CheckpointError": "errors",
+    "CheckpointNotFoundError": "errors",
+    "MissingTensorError": "errors",
+    "ShapeMismatchError": "errors",
+    "CorruptShardError": "errors",
+    "PlanError": "errors",
+    "StoreError": "errors",
+    "MissingExtraError": "errors",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604 - the names are the table's keys
+__version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lading' has no attribute {name!r}")
+    value = getattr(import_module(f"lading.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

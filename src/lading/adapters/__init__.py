@@ -1,0 +1,1 @@
+"""Meet other libraries: one file each, the only places that import them."""

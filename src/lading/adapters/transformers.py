@@ -1,0 +1,306 @@
+"""Load any transformers architecture from a catalog, as ``from_pretrained`` would, and hold the result to the laws.
+
+Knows configurations, classes and both major versions' public loading path: ``cls.from_pretrained(None, config=…,
+state_dict={name: mapped tensor})``, through which renames, conversions, casts, ties and quantizers are transformers' own.
+Where nothing of that is needed, `transformers5` binds directly. What it knows of the file is its catalog.
+
+Guarantees: complete and exact, or an error; nothing on meta; the file untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
+
+from lading.checkpoint.catalog import Catalog
+from lading.checkpoint.dtypes import require_compatible, torch_dtype
+from lading.checkpoint.locate import Source
+from lading.checkpoint.mapping import ShardMapping
+from lading.checkpoint.report import LoadReport
+from lading.checkpoint.slots import count_bytes, require_no_meta
+from lading.compat import has_transformers5
+from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """Say which model is wanted, in which class and dtype. Immutable."""
+
+    source: Source
+    model_class: type | str | None = None
+    """A class, an auto class or the name of either; None means the configuration's own architecture."""
+    dtype: torch.dtype | str | dict[str, Any] | None = "auto"
+    strict: bool = True
+    trust_remote_code: bool = False
+    device_map: Any = None
+    """None or one device for everything."""
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What else ``from_pretrained`` takes, such as ``attn_implementation``."""
+
+    @property
+    def directory_or_repo_id(self) -> str:
+        """Name the place of the configuration: a checkpoint file's directory, or what was asked for."""
+        path = Path(self.source.path_or_repo_id).expanduser()
+        return str(path.parent if path.is_file() else self.source.path_or_repo_id)
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        """Give the arguments that all of transformers' readers of repositories take."""
+        return {
+            "cache_dir": self.source.cache_dir,
+            "local_files_only": self.source.local_files_only,
+            "token": self.source.token,
+            "revision": self.source.revision or "main",
+            "subfolder": self.source.subfolder,
+        }
+
+
+def read_config(request: ModelRequest) -> PretrainedConfig:
+    """Read a model's configuration.
+
+    Raises:
+        CheckpointError: there is none, it is not JSON, or it needs remote code that was not allowed.
+    """
+    given = request.model_kwargs.get("config")
+    if isinstance(given, PretrainedConfig):
+        return given
+    try:
+        return AutoConfig.from_pretrained(
+            request.directory_or_repo_id, trust_remote_code=request.trust_remote_code, **request.hub_kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            refusal(
+                f"{request.directory_or_repo_id}, config.json",
+                found=str(error).strip(),
+                expected="a transformers configuration",
+                way_out="use lading.empty() and lading.load_into() for other modules",
+            )
+        ) from error
+
+
+def find_class(config: PretrainedConfig, request: ModelRequest) -> type[Any]:
+    """Find the class to build: the one asked for, else the architecture that the configuration names.
+
+    Raises:
+        CheckpointError: transformers has no such class, or it is remote code that was not allowed.
+    """
+    asked = request.model_class
+    if asked is None:
+        asked = next(iter(getattr(config, "architectures", None) or ["AutoModel"]))
+    name = asked if isinstance(asked, str) else asked.__name__
+    remote: str | None = _remote_reference(config, name)
+    if remote is not None and request.trust_remote_code:
+        found: type[Any] = get_class_from_dynamic_module(remote, request.directory_or_repo_id, **request.hub_kwargs)
+        return found
+    cls = getattr(transformers, name, None) if isinstance(asked, str) else asked
+    if cls is not None and hasattr(cls, "_model_mapping"):
+        cls = _from_auto_class(cls, config)
+    if cls is None:
+        found_in = "its own code" if remote is not None else f"transformers {transformers.__version__}"
+        raise CheckpointError(
+            refusal(
+                request.directory_or_repo_id,
+                found=f"architecture {name!r} for a {type(config).__name__}, which is in {found_in}"
+                if remote is not None
+                else f"architecture {name!r} for a {type(config).__name__}, which {found_in} does not have",
+                expected="a class of transformers",
+                way_out="pass trust_remote_code=True if you trust it"
+                if remote is not None
+                else "pass model_class=, or install the version that wrote it",
+            )
+        )
+    return cls
+
+
+def _remote_reference(config: PretrainedConfig, name: str) -> str | None:
+    references = [ref for ref in (getattr(config, "auto_map", None) or {}).items() if isinstance(ref[1], str)]
+    return next((ref for auto, ref in references if name in (auto, ref.rpartition(".")[2])), None)
+
+
+def _from_auto_class(auto_class: Any, config: PretrainedConfig) -> type[Any] | None:
+    if type(config) not in auto_class._model_mapping:
+        return None
+    found = auto_class._model_mapping[type(config)]
+    classes = list(found) if isinstance(found, (list, tuple)) else [found]
+    architectures = getattr(config, "architectures", None) or []
+    return next((cls for cls in classes if cls.__name__ in architectures), classes[0])
+
+
+def load_model(
+    request: ModelRequest,
+    config: PretrainedConfig,
+    catalog: Catalog,
+    mappings: Mapping[Path, ShardMapping],
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[Any, LoadReport]:
+    """Build the model and give it the checkpoint's tensors.
+
+    Args:
+        request: what is wanted.
+        config: from `read_config`.
+        catalog: the checkpoint.
+        mappings: its shards, to count what was mapped.
+        tensors: its tensors by their names in the checkpoint, on the CPU.
+
+    Raises:
+        MissingTensorError: strict, and the model has names that the checkpoint has not.
+        ShapeMismatchError: shapes differ, also with ``strict=False``.
+        CheckpointError: strict, and names are left over; or element types that cannot stand for each other.
+    """
+    cls = find_class(config, request)
+    loaded = None
+    if has_transformers5():
+        from lading.adapters import transformers5
+
+        loaded = transformers5.load_directly(cls, request, config, tensors)
+    loader = "transformers" if loaded is None else "lading"
+    model, info = _load_through_transformers(cls, request, config, tensors) if loaded is None else loaded
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    _refuse_mismatched(info["mismatched_keys"], catalog)
+    if info.get("error_msgs"):
+        raise CheckpointError(f"{catalog.describe()}: {'; '.join(map(str, info['error_msgs']))}")
+    _settle(missing, unexpected, model, catalog, request.strict)
+    if getattr(model, "hf_quantizer", None) is None:
+        _refuse_converted_integers(model, catalog)
+    require_no_meta(model, catalog.describe())
+    mapped, copied = count_bytes(model, mappings)
+    return model, LoadReport(
+        num_tensors=len(catalog) - len(unexpected),
+        mapped_bytes=mapped,
+        copied_bytes=copied,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        loader=loader,
+    )
+
+
+def _load_through_transformers(
+    cls: Any, request: ModelRequest, config: PretrainedConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[Any, dict[str, Any]]:
+    kwargs = {key: value for key, value in request.model_kwargs.items() if key != "config"}
+    with _quiet_unless_terminal():
+        model, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=request.dtype,
+            device_map=request.device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name afterwards
+            **kwargs,
+        )
+    model.config.name_or_path = model.name_or_path = request.directory_or_repo_id
+    load_generation_config(model, request)
+    return model, info
+
+
+def load_generation_config(model: Any, request: ModelRequest) -> None:
+    """Read generation_config.json, and custom generation code if it is allowed, as ``from_pretrained`` does."""
+    if not model.can_generate():
+        return
+    place = request.directory_or_repo_id
+    hub = {**request.hub_kwargs, "force_download": False, "proxies": None}
+    if has_transformers5():
+        model.adjust_generation_fn(None, False, None, place, **hub, trust_remote_code=request.trust_remote_code)
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(place, **hub)
+    except OSError:
+        _LOG.info("%s has no generation_config.json: its model configuration speaks for it", place)
+
+
+@contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Keep transformers' progress bar off where nobody watches."""
+    import sys
+
+    was_active = transformers_logging.is_progress_bar_enabled()
+    if was_active and not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active and not transformers_logging.is_progress_bar_enabled():
+            transformers_logging.enable_progress_bar()
+
+
+def _refuse_mismatched(mismatched: Any, catalog: Catalog) -> None:
+    rows = sorted((name, list(found), list(expected)) for name, found, expected in mismatched)
+    if not rows:
+        return
+    listed = [
+        refusal(
+            f"{_file_of(name, catalog)}, tensor {name!r}",
+            found=f"shape {found}",
+            expected=f"shape {expected}",
+            way_out="it is transposed" if found == expected[::-1] else "use the checkpoint's own configuration",
+        )
+        for name, found, expected in rows[:10]
+    ]
+    raise ShapeMismatchError("; ".join(listed) + (f" … ({len(rows)} in all)" if len(rows) > 10 else ""))
+
+
+def _file_of(name: str, catalog: Catalog) -> str:
+    return str(catalog.owners[name].path) if name in catalog else catalog.describe()
+
+
+def _settle(missing: list[str], unexpected: list[str], model: Any, catalog: Catalog, strict: bool) -> None:
+    """Refuse what is missing or left over; without ``strict``, tell."""
+    if unexpected:
+        message = refusal(
+            _file_of(unexpected[0], catalog),
+            found=f"names that the model has no place for: {name_list(unexpected)}",
+            expected=f"names of {type(model).__name__}",
+            way_out="pass the model_class that wrote them, or leave them out with strict=False",
+        )
+        if strict:
+            raise CheckpointError(message)
+        _LOG.warning(message)
+    if missing:
+        message = refusal(
+            catalog.describe(),
+            found=f"no tensor for {name_list(missing)}",
+            expected=f"every parameter and persistent buffer of {type(model).__name__}",
+            way_out="pass the model_class that wrote it, or initialise what is missing with strict=False",
+        )
+        if strict:
+            raise MissingTensorError(message)
+        _LOG.warning(message)
+
+
+def _refuse_converted_integers(model: Any, catalog: Catalog) -> None:
+    """Refuse integers, booleans and 8-bit floats that were cast to a parameter's floats (transformers casts silently)."""
+    odd = [spec for spec in catalog if spec.element.kind != "float"]
+    if not odd:
+        return
+    state = model.state_dict()
+    targets = dict.fromkeys(state, "")
+    for spec in odd:
+        name = spec.name if spec.name in targets else _target_name(model, spec.name, state)
+        if name in state:
+            require_compatible(
+                torch_dtype(spec.element), state[name].dtype, f"{_file_of(spec.name, catalog)}, tensor {spec.name!r}"
+            )
+
+
+def _target_name(model: Any, name: str, state: Mapping[str, torch.Tensor]) -> str:
+    """Follow one checkpoint name through transformers' renames to the model's name."""
+    if has_transformers5():
+        from lading.adapters import transformers5
+
+        return transformers5.target_name(model, name, state)
+    renames: dict[str, str] = model._get_key_renaming_mapping([name], getattr(model, "_checkpoint_conversion_mapping", None))
+    return renames.get(name, name)

@@ -1,0 +1,257 @@
+"""Load a model in one call: find the checkpoint, map it, build the model, bind, check.
+
+Composes `checkpoint` and `adapters`; knows neither's inside.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lading.adapters.deepspeed import refuse_zero_init
+from lading.adapters.transformers import ModelRequest, load_model, read_config
+from lading.checkpoint.bind import BindOptions, bind
+from lading.checkpoint.catalog import Catalog
+from lading.checkpoint.guard import FileGuard
+from lading.checkpoint.locate import Source, open_catalog
+from lading.checkpoint.mapping import map_catalog, tensors_of
+from lading.checkpoint.readahead import start_readahead
+from lading.checkpoint.report import LoadReport
+from lading.errors import PlanError, refusal
+from lading.names import Rename
+
+PathOrRepoId = str | os.PathLike[str]
+
+
+@overload
+def load(
+    path_or_repo_id: PathOrRepoId, *, output_loading_info: Literal[False] = False, **options: Any
+) -> Any: ...
+@overload
+def load(
+    path_or_repo_id: PathOrRepoId, *, output_loading_info: Literal[True], **options: Any
+) -> tuple[Any, LoadReport]: ...
+def load(
+    path_or_repo_id: PathOrRepoId,
+    *,
+    model_class: type | str | None = None,
+    dtype: torch.dtype | str | dict[str, Any] | None = "auto",
+    strict: bool = True,
+    copy: bool = False,
+    readahead: bool = False,
+    guard: bool = False,
+    device_map: Any = None,
+    output_loading_info: bool = False,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    cache_dir: PathOrRepoId | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    torch_dtype: torch.dtype | str | None = None,
+    low_cpu_mem_usage: bool | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Load a transformers model whose weights are the checkpoint's own bytes.
+
+    In the checkpoint's dtype on the CPU nothing is copied and nothing read: each parameter is a private view of the
+    file, read when a forward reads it. Writing to a weight (training, editing) copies its page and never reaches the
+    file. Outputs are bit-identical to ``from_pretrained``'s. Casts, fused experts, quantised checkpoints and devices go
+    through transformers' own path.
+
+    Args:
+        path_or_repo_id: a directory, a checkpoint file beside its ``config.json``, or a repo id of the hub.
+        model_class: a transformers class or auto class, or its name; None means the architecture in the configuration.
+        dtype: ``"auto"`` keeps the configuration's dtype, else the checkpoint's; a ``torch.dtype`` or its name casts.
+        strict: refuse missing and unexpected names; False initialises what is missing as the model does, leaves out
+            what is unexpected and logs both. Wrong shapes and element types are refused either way.
+        copy: read the weights into memory now, immune to later changes of the file. Otherwise replace a checkpoint by
+            rename, as all savers here do: a file shortened in place kills the process that reads it.
+        readahead: read the file in layer order in the background, beginning before the model is built.
+        guard: before each forward, check that no shard changed in place (size and time of change; best effort).
+        device_map: None for the CPU, or one device for the whole model, such as ``"cuda:0"`` or ``{"": 0}``.
+        output_loading_info: also return a `LoadReport`.
+        revision: branch, tag or commit, for a repo id.
+        subfolder: folder inside the repo or directory.
+        variant: such as ``"fp16"`` for ``model.fp16.safetensors``.
+        cache_dir: the hub's cache, where it is not the one of ``HF_HOME``.
+        local_files_only: do not ask the network; so does ``HF_HUB_OFFLINE=1``.
+        token: for private repositories.
+        trust_remote_code: allow code from the repository to run.
+        torch_dtype: the older name of ``dtype``.
+        low_cpu_mem_usage: accepted for older code; memory use is always low.
+        **model_kwargs: what else ``from_pretrained`` takes, such as ``config`` or ``attn_implementation``.
+
+    Returns:
+        The model in evaluation mode, no tensor of it on meta; with ``output_loading_info`` a pair of it and a report.
+
+    Raises:
+        CheckpointNotFoundError: nothing there, or not in the local cache while offline.
+        MissingTensorError: names that no shard has (strict).
+        ShapeMismatchError: shapes differ.
+        CorruptShardError: a shard breaks its format; with ``guard``, raised by the forward after a change in place.
+        CheckpointError: anything else that does not fit, each time with file, tensor, found and expected.
+        PlanError: a ``device_map`` of several devices.
+
+    Any thread may load; the model may then be called from many.
+
+    Example:
+        >>> import lading
+        >>> model = lading.load("path/to/model")                              # doctest: +SKIP
+        >>> model, report = lading.load("org/name", output_loading_info=True)  # doctest: +SKIP
+        >>> report.copied_bytes                                               # doctest: +SKIP
+        0
+    """
+    refuse_zero_init()
+    source = Source(
+        path_or_repo_id=os.fspath(path_or_repo_id),
+        revision=revision,
+        subfolder=subfolder,
+        variant=variant,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        local_files_only=local_files_only,
+        token=token,
+    )
+    request = ModelRequest(
+        source=source,
+        model_class=model_class,
+        dtype=_one_dtype(dtype, torch_dtype),
+        strict=strict,
+        trust_remote_code=trust_remote_code,
+        device_map=_one_device(device_map),
+        model_kwargs=model_kwargs,
+    )
+    catalog = open_catalog(source)
+    mappings = map_catalog(catalog)
+    if readahead and not copy:
+        start_readahead(catalog, mappings)
+    config = read_config(request)
+    tensors = tensors_of(catalog, mappings, copy=copy, progress=_progress)
+    model, report = load_model(request, config, catalog, mappings, tensors)
+    if guard and not copy:
+        _guard(model, catalog)
+    return (model, report) if output_loading_info else model
+
+
+def load_into(
+    module: nn.Module,
+    path_or_repo_id: PathOrRepoId,
+    *,
+    rename: Rename | None = None,
+    dtype: torch.dtype | str | None = "auto",
+    strict: bool = True,
+    copy: bool = False,
+    readahead: bool = False,
+    guard: bool = False,
+    revision: str | None = None,
+    subfolder: str = "",
+) -> LoadReport:
+    """Fill any module with a checkpoint, without copying, or leave it as it was.
+
+    Args:
+        module: built inside `lading.empty` (its parameters on meta), or real; a real parameter keeps its identity and
+            its device and gets the checkpoint's bytes.
+        path_or_repo_id: a ``.safetensors`` or ``.bin`` file, a directory that holds one, or a repo id.
+        rename: how the checkpoint's names become the module's: a mapping of names or dotted prefixes, or a function
+            that returns the new name, or None to leave a tensor out.
+        dtype: ``"auto"`` binds floats in the checkpoint's dtype; None casts them to what the module declares; a
+            ``torch.dtype`` casts them to it. Other element types must match exactly.
+        strict: refuse missing and unexpected names; False draws what is missing as the module's own code would have,
+            leaves out what is unexpected and logs both.
+        copy: see `lading.load`.
+        readahead: see `lading.load`.
+        guard: see `lading.load`.
+        revision: see `lading.load`.
+        subfolder: see `lading.load`.
+
+    Returns:
+        What was bound, copied, missing and left over.
+
+    Raises:
+        CheckpointError: and its kinds, as for `lading.load`; the module is then as it was before.
+
+    Thread rule: nobody else may use the module meanwhile.
+
+    Example:
+        >>> import lading, torch
+        >>> with lading.empty():
+        ...     net = torch.nn.Linear(2, 2)
+        >>> report = lading.load_into(net, "net.safetensors", rename={"model": ""})  # doctest: +SKIP
+    """
+    refuse_zero_init()
+    source = Source(path_or_repo_id=os.fspath(path_or_repo_id), revision=revision, subfolder=subfolder)
+    catalog = open_catalog(source)
+    mappings = map_catalog(catalog)
+    if readahead and not copy:
+        start_readahead(catalog, mappings)
+    options = BindOptions(rename=rename, dtype=_named_dtype(dtype), strict=strict, copy=copy)
+    report = bind(module, catalog, mappings, options)
+    if guard and not copy:
+        _guard(module, catalog)
+    return report
+
+
+def _progress(specs: Any) -> Any:
+    return tqdm(specs, desc="loading", unit="tensor", delay=1, disable=None, leave=False)
+
+
+def _guard(module: nn.Module, catalog: Catalog) -> None:
+    module.register_forward_pre_hook(FileGuard(catalog.shards), prepend=True)
+
+
+def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype):
+        raise TypeError(
+            refusal("dtype", found=repr(dtype), expected="'auto', a torch.dtype or its name", way_out="see torch.dtype")
+        )
+    return named
+
+
+def _one_dtype(dtype: Any, torch_dtype: torch.dtype | str | None) -> Any:
+    """Settle the two names of one argument."""
+    if torch_dtype is None:
+        return _named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if dtype not in ("auto", torch_dtype):
+        raise TypeError(
+            refusal(
+                "lading.load",
+                found=f"dtype={dtype!r} and torch_dtype={torch_dtype!r}",
+                expected="one of them",
+                way_out="pass dtype",
+            )
+        )
+    return _named_dtype(torch_dtype)
+
+
+def _one_device(device_map: Any) -> Any:
+    """Accept one device for the whole model; None for the CPU, which needs no map.
+
+    Raises:
+        PlanError: several devices, or one to be chosen.
+    """
+    if device_map is None:
+        return None
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    is_named = all(isinstance(device, (str, int, torch.device)) for device in devices)
+    if len(devices) != 1 or not is_named or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+        raise PlanError(
+            refusal(
+                "lading.load",
+                found=f"device_map={device_map!r}",
+                expected="None or one device, such as 'cpu' or 'cuda:0': placing over several does not exist yet",
+                way_out="name one device",
+            )
+        )
+    (device,) = devices
+    if str(device) == "cpu":
+        return None
+    return {"": device}

@@ -1,0 +1,355 @@
+"""Fill any module with a checkpoint's tensors, completely and exactly, or leave it as it was.
+
+Knows no architecture. Plain modules get their parameters and persistent buffers by name. A module with its own
+``_load_from_state_dict`` or a load hook is asked to do it itself, in torch's order (parents first), with tensors that
+are already checked and cast. What was one tensor before (a tied parameter, a shared module) is one tensor after.
+
+Guarantees: on any error every slot is as before; on success no parameter or buffer of the module is on meta.
+Thread rule: one thread, and nobody else may use the module meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from tqdm import tqdm
+
+from lading.checkpoint.catalog import Catalog
+from lading.checkpoint.dtypes import is_plain_float, require_compatible
+from lading.checkpoint.empty import initialise, is_recipe
+from lading.checkpoint.mapping import ShardMapping, tensors_of
+from lading.checkpoint.report import LoadReport
+from lading.checkpoint.slots import Slot, count_bytes, require_no_meta, slots_of
+from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
+from lading.names import Rename, nearest, renamed
+
+_LOG = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BindOptions:
+    """Say how a module is to be filled. Immutable; `lading.load_into` documents each field."""
+
+    rename: Rename | None = None
+    dtype: torch.dtype | str | None = "auto"
+    strict: bool = True
+    copy: bool = False
+
+
+@dataclass(slots=True)
+class _Filling:
+    """The state of one `bind` call. One thread."""
+
+    module: nn.Module
+    catalog: Catalog
+    options: BindOptions
+    state: dict[str, torch.Tensor]
+    files: dict[str, Path]
+    slots: dict[str, Slot] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    """Name → all names of the same tensor, where there is more than one."""
+    missing: list[str] = field(default_factory=list)
+    unexpected: set[str] = field(default_factory=set)
+    trusted: list[str] = field(default_factory=list)
+    """Prefixes of the modules that load themselves."""
+
+    def file_of(self, name: str) -> str:
+        path = self.files.get(name)
+        return self.catalog.describe() if path is None else str(path)
+
+
+def bind(
+    module: nn.Module, catalog: Catalog, mappings: Mapping[Path, ShardMapping], options: BindOptions
+) -> LoadReport:
+    """Fill ``module`` with a checkpoint's tensors.
+
+    Raises:
+        MissingTensorError: names that the module needs and the checkpoint has not; with ``strict=False`` only those
+            that cannot be initialised.
+        ShapeMismatchError: shapes differ, also with ``strict=False``.
+        CheckpointError: unexpected names (strict), element types that cannot stand for each other, ambiguous names.
+    """
+    targets = _target_names(catalog, options.rename)
+    tensors = tensors_of(catalog, mappings, copy=options.copy, progress=_progress)
+    filling = _Filling(
+        module=module,
+        catalog=catalog,
+        options=options,
+        state={target: tensors[name] for target, name in targets.items()},
+        files={target: catalog.owners[name].path for target, name in targets.items()},
+    )
+    _find_slots(filling)
+    _spread_over_ties(filling)
+    with ExitStack() as undo:
+        _remember(module, undo)
+        _fill(filling)
+        _tie(filling)
+        _settle_unexpected(filling)
+        _settle_missing(filling)
+        require_no_meta(module, catalog.describe())
+        undo.pop_all()
+    mapped, copied = count_bytes(module, mappings)
+    return LoadReport(
+        num_tensors=len(targets) - len(filling.unexpected),
+        mapped_bytes=mapped,
+        copied_bytes=copied,
+        missing=tuple(filling.missing),
+        unexpected=tuple(sorted(filling.unexpected)),
+    )
+
+
+def _progress(items: Iterable[_Item]) -> Iterable[_Item]:
+    listed: Iterable[_Item] = tqdm(items, desc="loading", unit="tensor", delay=1, disable=None, leave=False)
+    return listed
+
+
+def _target_names(catalog: Catalog, rename: Rename | None) -> dict[str, str]:
+    """Give each tensor its name in the module; module's name → checkpoint's name."""
+    targets: dict[str, str] = {}
+    for name in [*catalog.owners, *catalog.aliases]:
+        target = renamed(name, rename)
+        stored = catalog.aliases.get(name, name)
+        if target is not None and targets.setdefault(target, stored) != stored:
+            raise CheckpointError(
+                refusal(
+                    catalog.describe(),
+                    found=f"{targets[target]!r} and {stored!r} both renamed to {target!r}",
+                    expected="one tensor for each name",
+                    way_out="let rename give None for the one to leave out",
+                )
+            )
+    return targets
+
+
+def _find_slots(filling: _Filling) -> None:
+    names: dict[int, list[str]] = {}
+    for prefix, module in filling.module.named_modules(remove_duplicate=False):
+        for name, slot in slots_of(module, f"{prefix}." if prefix else "").items():
+            filling.slots[name] = slot
+            names.setdefault(id(slot.get()), []).append(name)
+    filling.groups = {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _spread_over_ties(filling: _Filling) -> None:
+    """Give every name of a tied tensor the tensor that the checkpoint has under one of them."""
+    for name, group in filling.groups.items():
+        if name != group[0]:
+            continue
+        present = [alias for alias in group if alias in filling.state]
+        for other in present[1:]:
+            first, second = filling.state[present[0]], filling.state[other]
+            if first.data_ptr() != second.data_ptr() and not _same_bits(first, second):
+                raise CheckpointError(
+                    refusal(
+                        f"{filling.file_of(other)}, tensors {present[0]!r} and {other!r}",
+                        found="different values",
+                        expected="one value, because the module ties them",
+                        way_out="untie them in the module, or let rename leave one out",
+                    )
+                )
+        for alias in group if present else ():
+            filling.state[alias] = filling.state[present[0]]
+            filling.files.setdefault(alias, filling.files[present[0]])
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def _remember(module: nn.Module, undo: ExitStack) -> None:
+    """Register on ``undo`` what puts every slot of a module back."""
+
+    def restore(
+        parts: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]], data: list[tuple[nn.Parameter, torch.Tensor]]
+    ) -> None:
+        for parameter, held in data:
+            parameter.data = held
+        for part, parameters, buffers in parts:
+            for slots, before in ((part._parameters, parameters), (part._buffers, buffers)):
+                slots.clear()
+                slots.update(before)
+
+    parts = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    data = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.is_meta]
+    undo.callback(restore, parts, data)
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    return (
+        type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        or bool(module._load_state_dict_pre_hooks)
+        or type(module).set_extra_state is not nn.Module.set_extra_state
+    )
+
+
+def _fill(filling: _Filling) -> None:
+    refused: list[str] = []
+    for path, module in filling.module.named_modules():
+        prefix = f"{path}." if path else ""
+        own = slots_of(module, prefix)
+        for name, slot in own.items():
+            if name in filling.state:
+                filling.state[name] = _accept(filling, name, slot, refused)
+        if _loads_itself(module):
+            _let_load(filling, module, prefix)
+            continue
+        for name, slot in own.items():
+            if name in filling.state:
+                _replace(slot, filling.state[name], filling.file_of(name), name)
+            else:
+                filling.missing.append(name)
+    if refused:
+        more = f" … ({len(refused)} in all)" if len(refused) > 10 else ""
+        raise ShapeMismatchError("; ".join(refused[:10]) + more)
+    for module in filling.module.modules():
+        for hook in module._load_state_dict_post_hooks.values():
+            hook(module, _IncompatibleKeys(filling.missing, sorted(filling.unexpected)))
+
+
+def _accept(filling: _Filling, name: str, slot: Slot, refused: list[str]) -> torch.Tensor:
+    """Check one tensor against its slot and cast it. Wrong shapes are collected in ``refused``."""
+    tensor, held = filling.state[name], slot.get()
+    if tensor.shape != held.shape and not _is_uninitialised(held):
+        found, expected = list(tensor.shape), list(held.shape)
+        hint = "it is transposed" if found == expected[::-1] else "use the checkpoint's own configuration"
+        subject = f"{filling.file_of(name)}, tensor {name!r}"
+        refused.append(refusal(subject, found=f"shape {found}", expected=f"shape {expected}", way_out=hint))
+    require_compatible(tensor.dtype, held.dtype, f"{filling.file_of(name)}, tensor {name!r}")
+    dtype = held.dtype if filling.options.dtype is None else filling.options.dtype
+    if not isinstance(dtype, torch.dtype) or not is_plain_float(tensor.dtype) or dtype == tensor.dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    for alias in filling.groups.get(name, ()):
+        filling.state[alias] = cast
+    return cast
+
+
+def _is_uninitialised(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+
+
+def _let_load(filling: _Filling, module: nn.Module, prefix: str) -> None:
+    missing: list[str] = []
+    unexpected: list[str] = []
+    errors: list[str] = []
+    metadata = {"assign_to_params_buffers": True}
+    module._load_from_state_dict(filling.state, prefix, metadata, True, missing, unexpected, errors)
+    if errors:
+        raise CheckpointError(
+            refusal(
+                f"{filling.catalog.describe()}, module {prefix.rstrip('.') or '(root)'!r} ({type(module).__name__})",
+                found="; ".join(errors[:10]),
+                expected="that its own loading accepts the checkpoint",
+                way_out="see the module's _load_from_state_dict",
+            )
+        )
+    filling.missing += missing
+    filling.unexpected |= set(unexpected)
+    filling.trusted.append(prefix)
+
+
+def _replace(slot: Slot, tensor: torch.Tensor, file: str, name: str) -> None:
+    held = slot.get()
+    if not held.is_meta:
+        held.data = tensor.to(held.device)
+    elif not slot.is_parameter:
+        slot.put(tensor)
+    elif type(held) is not nn.Parameter:
+        raise CheckpointError(
+            refusal(
+                f"{file}, tensor {name!r}",
+                found=f"a parameter of type {type(held).__name__} in the module",
+                expected="torch.nn.Parameter, whose making is known",
+                way_out="give its module a _load_from_state_dict, or build it outside lading.empty()",
+            )
+        )
+    else:
+        slot.put(_parameter_like(held, tensor))
+
+
+def _parameter_like(held: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=held.requires_grad)
+    for attribute, value in vars(held).items():
+        if not is_recipe(attribute):
+            setattr(parameter, attribute, value)
+    return parameter
+
+
+def _tie(filling: _Filling) -> None:
+    """Make one object again of what was one object before."""
+    for name, group in filling.groups.items():
+        if name != group[0]:
+            continue
+        filled = next((alias for alias in group if not filling.slots[alias].get().is_meta), group[0])
+        for alias in group:
+            filling.slots[alias].put(filling.slots[filled].get())
+
+
+def _settle_unexpected(filling: _Filling) -> None:
+    for name in filling.state:
+        owner, _, _ = name.rpartition(".")
+        if name not in filling.slots and (f"{owner}." if owner else "") not in filling.trusted:
+            filling.unexpected.add(name)
+    if not filling.unexpected:
+        return
+    names = sorted(filling.unexpected)
+    likely = nearest(names[0], filling.slots)
+    message = refusal(
+        filling.file_of(names[0]),
+        found=f"names that the module has no place for: {name_list(names)}",
+        expected=f"names of {type(filling.module).__name__}" + (f", such as {name_list(likely)}" if likely else ""),
+        way_out="rename them, or leave them out with strict=False",
+    )
+    if filling.options.strict:
+        raise CheckpointError(message)
+    _LOG.warning(message)
+
+
+def _settle_missing(filling: _Filling) -> None:
+    """Refuse missing names, or give them the values that the module's own code would have drawn."""
+    if not filling.missing:
+        return
+    message = refusal(
+        filling.catalog.describe(),
+        found=f"no tensor for {name_list(filling.missing)}",
+        expected=f"every parameter and persistent buffer of {type(filling.module).__name__}",
+        way_out="rename the checkpoint's names, or initialise what is missing with strict=False",
+    )
+    if filling.options.strict:
+        raise MissingTensorError(message)
+    _LOG.warning(message)
+    absent = {id(held): held for name in filling.missing if (held := filling.slots[name].get()).is_meta}
+    values = dict(zip(absent, initialise(absent.values()), strict=True))
+    lost = [name for name in filling.missing if values.get(id(filling.slots[name].get()), ...) is None]
+    if lost:
+        raise MissingTensorError(
+            refusal(
+                filling.catalog.describe(),
+                found=f"no tensor for {name_list(lost)} and no record of how the module initialises them",
+                expected="a module built inside lading.empty(), or real",
+                way_out="build the module inside `with lading.empty():`",
+            )
+        )
+    made = {
+        key: _parameter_like(absent[key], _as_float(value, filling.options.dtype))
+        for key, value in values.items()
+        if value is not None
+    }
+    for slot in filling.slots.values():
+        if id(slot.get()) in made:
+            slot.put(made[id(slot.get())])
+
+
+def _as_float(value: torch.Tensor, dtype: torch.dtype | str | None) -> torch.Tensor:
+    return value.to(dtype) if isinstance(dtype, torch.dtype) and is_plain_float(value.dtype) else value

@@ -1,0 +1,232 @@
+"""Read the header of one safetensors file, or refuse the file.
+
+The format, as read here. All integers are little-endian.
+
+    bytes 0-7          N, an unsigned 64-bit integer: the length of the header, at most 100,000,000
+    bytes 8-(8+N-1)    the header: one JSON object in UTF-8 that begins with "{" and may end in spaces
+    bytes (8+N)-end    the data, back to back in the order of their offsets, with no gap, no overlap and nothing after
+
+Each key of the object is a tensor's name and maps to ``{"dtype": str, "shape": [int ≥ 0, …], "data_offsets": [begin,
+end]}`` with offsets counted from the first data byte and ``end - begin`` equal to what dtype and shape need. The key
+``__metadata__`` maps to an object of strings. No key stands twice. Source: the safetensors README, section "Format".
+
+Guarantees: nothing but the header's own bytes is read, nothing is allocated by a number in the file (a length is
+compared with the file's size first), every tensor's bytes lie inside the file. Imports no torch. A file is read through
+one descriptor; its identity is taken from the same descriptor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lading.checkpoint.catalog import FileIdentity, Shard, TensorSpec
+from lading.checkpoint.dtypes import ELEMENT_TYPES
+from lading.errors import CorruptShardError, name_list, refusal
+
+MAX_HEADER_BYTES = 100_000_000
+_LFS_POINTER = b"version https://git-lfs"
+_AGAIN = "download or save the file again"
+
+
+def identity_of(descriptor: int) -> FileIdentity:
+    """Take a file's identity from an open descriptor."""
+    status = os.fstat(descriptor)
+    return FileIdentity(
+        device=status.st_dev, inode=status.st_ino, num_bytes=status.st_size, modified_ns=status.st_mtime_ns
+    )
+
+
+def open_regular(path: Path) -> int:
+    """Open a shard for reading and give its descriptor.
+
+    Raises:
+        CorruptShardError: it is missing, a directory, another special file, empty, or a git-lfs pointer.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CorruptShardError(
+            refusal(str(path), found=error.strerror or str(error), expected="a readable file", way_out=_AGAIN)
+        ) from error
+    try:
+        _check_regular(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(descriptor: int, path: Path) -> None:
+    import stat
+
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        found = "a directory" if stat.S_ISDIR(status.st_mode) else "a special file"
+        _refuse(path, found=found, expected="a regular file", way_out="remove it and download the shard again")
+    if status.st_size == 0:
+        _refuse(path, found="an empty file (0 bytes)", expected="a checkpoint", way_out=_AGAIN)
+    if os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        _refuse(
+            path,
+            found=f"a git-lfs pointer of {status.st_size} bytes, not the weights",
+            expected="the file it points to",
+            way_out="run `git lfs pull` in the repository",
+        )
+
+
+def read_header(path: Path) -> Shard:
+    """Read and check one safetensors file's header.
+
+    Args:
+        path: the file; its data are not touched.
+
+    Returns:
+        The shard, with specs in the order of their bytes.
+
+    Raises:
+        CorruptShardError: the file breaks the format in any way; the message names file, tensor, found, expected.
+
+    Example:
+        >>> shard = read_header(Path("model.safetensors"))  # doctest: +SKIP
+        >>> list(shard.tensors)[:1]                          # doctest: +SKIP
+        ['model.embed_tokens.weight']
+    """
+    descriptor = open_regular(path)
+    try:
+        identity = identity_of(descriptor)
+        text = _read_text(descriptor, path, identity.num_bytes)
+    finally:
+        os.close(descriptor)
+    entries = _parse(text, path)
+    metadata = _metadata(entries.pop("__metadata__", None), path)
+    data_start = 8 + len(text)
+    specs = [_spec(name, entry, path, data_start) for name, entry in entries.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.num_bytes))
+    _check_layout(specs, path, data_start, identity.num_bytes)
+    tensors = {spec.name: spec for spec in specs}
+    aliases = {key: value for key, value in metadata.items() if value in tensors and key not in tensors}
+    return Shard(path=path, identity=identity, tensors=tensors, metadata=metadata, aliases=aliases)
+
+
+def _refuse(path: Path, *, found: str, expected: str, way_out: str = _AGAIN, tensor: str | None = None) -> NoReturn:
+    subject = str(path) if tensor is None else f"{path}, tensor {tensor!r}"
+    raise CorruptShardError(refusal(subject, found=found, expected=expected, way_out=way_out))
+
+
+def _read_text(descriptor: int, path: Path, file_bytes: int) -> bytes:
+    if file_bytes < 8:
+        _refuse(path, found=f"{file_bytes} bytes", expected="at least 8 bytes of header length")
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if length > file_bytes - 8:
+        _refuse(
+            path,
+            found=f"a header length of {length} bytes",
+            expected=f"at most {file_bytes - 8} bytes, which is what follows in the file (truncated, or not safetensors)",
+        )
+    if length > MAX_HEADER_BYTES:
+        _refuse(path, found=f"a header of {length} bytes", expected=f"at most {MAX_HEADER_BYTES} bytes")
+    if length < 2:
+        _refuse(path, found=f"a header length of {length} bytes", expected="at least 2 bytes, a JSON object")
+    text = b""
+    while len(text) < length:
+        piece = os.pread(descriptor, length - len(text), 8 + len(text))
+        if not piece:
+            _refuse(path, found=f"{len(text)} bytes of header", expected=f"{length} bytes")
+        text += piece
+    return text
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, refusing a key that stands twice (json itself keeps the last one silently)."""
+    built = dict(pairs)
+    if len(built) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return built
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        _refuse(path, found=f"a header that begins with {text[:8]!r}", expected="a JSON object, beginning with '{'")
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique_pairs)
+    except UnicodeDecodeError as error:
+        _refuse(path, found=f"a header that is not UTF-8 (byte {error.start})", expected="UTF-8 text")
+    except RecursionError:
+        _refuse(path, found="a header nested too deeply", expected="an object of flat entries")
+    except ValueError as error:
+        _refuse(path, found=f"a header that is not JSON ({error})", expected="one JSON object")
+    return entries if isinstance(entries, dict) else _refuse(path, found="no object", expected="a JSON object")
+
+
+def _metadata(entry: Any, path: Path) -> Mapping[str, str]:
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        _refuse(path, tensor="__metadata__", found=f"{entry!r:.80}", expected="an object of strings")
+    return entry
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, tensor=name, found=f"{entry!r:.80}", expected="an object of dtype, shape and data_offsets")
+    element = ELEMENT_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if element is None:
+        known = ", ".join(ELEMENT_TYPES)
+        _refuse(path, tensor=name, found=f"dtype {entry['dtype']!r:.40}", expected=f"one of {known}")
+    shape = entry["shape"]
+    if not isinstance(shape, list) or not all(_natural(size) for size in shape):
+        _refuse(path, tensor=name, found=f"shape {shape!r:.80}", expected="a list of integers ≥ 0")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(offset) for offset in offsets):
+        _refuse(path, tensor=name, found=f"data_offsets {offsets!r:.80}", expected="two integers ≥ 0")
+    begin, end = offsets
+    num_bits = element.bits
+    for size in shape:
+        num_bits *= size
+        if num_bits >= 1 << 66:  # 2**63 bytes: past any file, and the product must not grow without bound
+            _refuse(path, tensor=name, found=f"shape {shape!r:.80}", expected="fewer than 2**63 bytes")
+    if num_bits % 8 or end - begin != num_bits // 8:
+        _refuse(
+            path,
+            tensor=name,
+            found=f"data_offsets [{begin}, {end}], {end - begin} bytes",
+            expected=f"{num_bits / 8:g} bytes for {entry['dtype']} of shape {shape!r:.80}",
+        )
+    return TensorSpec(name=name, element=element, shape=tuple(shape), offset=data_start + begin, num_bytes=end - begin)
+
+
+def _check_layout(specs: list[TensorSpec], path: Path, data_start: int, file_bytes: int) -> None:
+    expected = data_start
+    previous = "the header"
+    for spec in specs:
+        if spec.offset != expected:
+            kind = "overlapping" if spec.offset < expected else "gapped"
+            _refuse(
+                path,
+                tensor=spec.name,
+                found=f"{kind} offsets: its data begin at byte {spec.offset - data_start}",
+                expected=f"byte {expected - data_start}, right after {previous!r}",
+            )
+        expected += spec.num_bytes
+        previous = spec.name
+    if expected > file_bytes:
+        cut = [spec.name for spec in specs if spec.offset + spec.num_bytes > file_bytes]
+        _refuse(
+            path,
+            tensor=cut[0],
+            found=f"a truncated file of {file_bytes} bytes ({name_list(cut, 3)} cut short or absent)",
+            expected=f"{expected} bytes",
+        )
+    if expected < file_bytes:
+        _refuse(
+            path, found=f"{file_bytes - expected} bytes after the end of the last tensor", expected=f"{expected} bytes"
+        )

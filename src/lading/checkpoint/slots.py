@@ -1,0 +1,88 @@
+"""Look at the places of a module that hold tensors, and put others there.
+
+Knows modules, not checkpoints. Thread rule: one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lading.checkpoint.mapping import ShardMapping
+from lading.errors import MissingTensorError, name_list, refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One place of a module that holds a parameter or a persistent buffer."""
+
+    owner: nn.Module
+    attribute: str
+    is_parameter: bool
+
+    def get(self) -> torch.Tensor:
+        """Give the tensor in this place."""
+        held = (self.owner._parameters if self.is_parameter else self.owner._buffers)[self.attribute]
+        assert held is not None
+        return held
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put another tensor in this place."""
+        if type(self.owner).__setattr__ is not nn.Module.__setattr__:
+            setattr(self.owner, self.attribute, tensor)  # such as nn.LSTM, which keeps a list of its weights
+        elif self.is_parameter:
+            assert isinstance(tensor, nn.Parameter)
+            self.owner._parameters[self.attribute] = tensor
+        else:
+            self.owner._buffers[self.attribute] = tensor
+
+
+def slots_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
+    """List a module's own slots by full name, without its children's."""
+    own = {f"{prefix}{name}": Slot(module, name, True) for name, held in module._parameters.items() if held is not None}
+    for name, held in module._buffers.items():
+        if held is not None and name not in module._non_persistent_buffers_set:
+            own[f"{prefix}{name}"] = Slot(module, name, False)
+    return own
+
+
+def require_no_meta(module: nn.Module, subject: str) -> None:
+    """Refuse a module that still has a parameter or buffer without data.
+
+    Raises:
+        MissingTensorError: naming those on meta.
+    """
+    empty = [name for name, held in _all_tensors(module) if held.is_meta]
+    if empty:
+        raise MissingTensorError(
+            refusal(
+                subject,
+                found=f"{name_list(empty)} still on meta after loading",
+                expected="real tensors only",
+                way_out="build the module inside `with lading.empty():`, which keeps its buffers real",
+            )
+        )
+
+
+def _all_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"{path}.{name}" if path else name, held)
+        for path, part in module.named_modules()
+        for name, held in (*part._parameters.items(), *part._buffers.items())
+        if held is not None
+    ]
+
+
+def count_bytes(module: nn.Module, mappings: Mapping[Path, ShardMapping]) -> tuple[int, int]:
+    """Count a module's storage bytes that are views of mapped files, and those that are not; shared ones once."""
+    spans = [(mapping.address, mapping.address + len(mapping.buffer)) for mapping in mappings.values()]
+    storages: dict[int, int] = {}
+    for _, held in _all_tensors(module):
+        if type(held.data) is torch.Tensor and held.numel():
+            storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+    mapped = sum(size for start, size in storages.items() if any(low <= start < high for low, high in spans))
+    return mapped, sum(storages.values()) - mapped

@@ -1,0 +1,30 @@
+"""Hold every branch on a version or a platform, so that the rest of the package has none.
+
+Reads versions without importing the packages. Everything here is immutable.
+"""
+
+from __future__ import annotations
+
+import mmap
+from functools import lru_cache
+from importlib import metadata
+
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux: a private mapping without it is counted as if every page were written, and refused when larger than RAM."""
+
+MADV_POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
+"""Linux 5.14: fault pages in, and answer EFAULT where a later access would be killed by SIGBUS."""
+
+
+@lru_cache(maxsize=None)
+def major_version(distribution: str) -> int | None:
+    """Read the first number of an installed distribution's version; None when it is not installed."""
+    try:
+        return int(metadata.version(distribution).split(".", 1)[0])
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def has_transformers5() -> bool:
+    """Say whether transformers 5 or later is installed: its loader has conversions and other private names."""
+    return (major_version("transformers") or 0) >= 5
