@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lading.errors import CheckpointError as CheckpointError
     from lading.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from lading.errors import CorruptShardError as CorruptShardError
+    from lading.errors import EmbedError as EmbedError
     from lading.errors import LadingError as LadingError
     from lading.errors import MissingExtraError as MissingExtraError
     from lading.errors import MissingTensorError as MissingTensorError
@@ -40,6 +41,7 @@ _HOMES = {
     "ShapeMismatchError": "errors",
     "CorruptShardError": "errors",
     "PlanError": "errors",
+    "EmbedError": "errors",
     "StoreError": "errors",
     "MissingExtraError": "errors",
 }

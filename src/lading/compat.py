@@ -6,7 +6,7 @@ Reads versions without importing the packages. Everything here is immutable.
 from __future__ import annotations
 
 import mmap
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -16,7 +16,7 @@ MADV_POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
 """Linux 5.14: fault pages in, and answer EFAULT where a later access would be killed by SIGBUS."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def major_version(distribution: str) -> int | None:
     """Read the first number of an installed distribution's version; None when it is not installed."""
     try:

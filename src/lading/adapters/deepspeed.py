@@ -17,7 +17,7 @@ def refuse_zero_init() -> None:
         CheckpointError: inside a ``deepspeed.zero.Init`` context.
     """
     partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    if partitioning is not None and getattr(partitioning, "zero_init_context", 0):
+    if partitioning is not None and vars(partitioning).get("zero_init_context"):
         raise CheckpointError(
             "lading.load: found an active deepspeed.zero.Init, which slices every parameter over the ranks · "
             "expected whole parameters, because rank-local loading does not exist yet · load outside of the context"

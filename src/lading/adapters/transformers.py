@@ -1,8 +1,8 @@
 """Load any transformers architecture from a catalog, as ``from_pretrained`` would, and hold the result to the laws.
 
-Knows configurations, classes and both major versions' public loading path: ``cls.from_pretrained(None, config=…,
-state_dict={name: mapped tensor})``, through which renames, conversions, casts, ties and quantizers are transformers' own.
-Where nothing of that is needed, `transformers5` binds directly. What it knows of the file is its catalog.
+Knows configurations, classes and the loading path that both major versions share, ``cls.from_pretrained(None,
+config=…, state_dict={name: mapped tensor})``, through which renames, conversions, casts, ties and quantizers are
+transformers' own. Where nothing of that is needed, `transformers5` binds directly.
 
 Guarantees: complete and exact, or an error; nothing on meta; the file untouched.
 """
@@ -12,19 +12,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
+from lading.adapters.model_request import ModelRequest, load_generation_config
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import require_compatible, torch_dtype
-from lading.checkpoint.locate import Source
 from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.report import LoadReport
 from lading.checkpoint.slots import count_bytes, require_no_meta
@@ -32,39 +31,6 @@ from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRequest:
-    """Say which model is wanted, in which class and dtype. Immutable."""
-
-    source: Source
-    model_class: type | str | None = None
-    """A class, an auto class or the name of either; None means the configuration's own architecture."""
-    dtype: torch.dtype | str | dict[str, Any] | None = "auto"
-    strict: bool = True
-    trust_remote_code: bool = False
-    device_map: Any = None
-    """None or one device for everything."""
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """What else ``from_pretrained`` takes, such as ``attn_implementation``."""
-
-    @property
-    def directory_or_repo_id(self) -> str:
-        """Name the place of the configuration: a checkpoint file's directory, or what was asked for."""
-        path = Path(self.source.path_or_repo_id).expanduser()
-        return str(path.parent if path.is_file() else self.source.path_or_repo_id)
-
-    @property
-    def hub_kwargs(self) -> dict[str, Any]:
-        """Give the arguments that all of transformers' readers of repositories take."""
-        return {
-            "cache_dir": self.source.cache_dir,
-            "local_files_only": self.source.local_files_only,
-            "token": self.source.token,
-            "revision": self.source.revision or "main",
-            "subfolder": self.source.subfolder,
-        }
 
 
 def read_config(request: ModelRequest) -> PretrainedConfig:
@@ -136,7 +102,8 @@ def _from_auto_class(auto_class: Any, config: PretrainedConfig) -> type[Any] | N
     found = auto_class._model_mapping[type(config)]
     classes = list(found) if isinstance(found, (list, tuple)) else [found]
     architectures = getattr(config, "architectures", None) or []
-    return next((cls for cls in classes if cls.__name__ in architectures), classes[0])
+    named: type[Any] | None = next((cls for cls in classes if cls.__name__ in architectures), classes[0])
+    return named
 
 
 def load_model(
@@ -202,24 +169,13 @@ def _load_through_transformers(
             ignore_mismatched_sizes=True,  # they are refused by name afterwards
             **kwargs,
         )
-    model.config.name_or_path = model.name_or_path = request.directory_or_repo_id
+    model.config.name_or_path = request.directory_or_repo_id
+    written = model.name_or_path  # what transformers makes of None, in the model and where its configuration went
+    for part in model.modules():
+        if vars(part).get("name_or_path") == written:
+            part.name_or_path = request.directory_or_repo_id
     load_generation_config(model, request)
     return model, info
-
-
-def load_generation_config(model: Any, request: ModelRequest) -> None:
-    """Read generation_config.json, and custom generation code if it is allowed, as ``from_pretrained`` does."""
-    if not model.can_generate():
-        return
-    place = request.directory_or_repo_id
-    hub = {**request.hub_kwargs, "force_download": False, "proxies": None}
-    if has_transformers5():
-        model.adjust_generation_fn(None, False, None, place, **hub, trust_remote_code=request.trust_remote_code)
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(place, **hub)
-    except OSError:
-        _LOG.info("%s has no generation_config.json: its model configuration speaks for it", place)
 
 
 @contextmanager
@@ -282,14 +238,11 @@ def _settle(missing: list[str], unexpected: list[str], model: Any, catalog: Cata
 
 
 def _refuse_converted_integers(model: Any, catalog: Catalog) -> None:
-    """Refuse integers, booleans and 8-bit floats that were cast to a parameter's floats (transformers casts silently)."""
+    """Refuse integers, booleans and 8-bit floats that transformers cast to a parameter's floats without a word."""
     odd = [spec for spec in catalog if spec.element.kind != "float"]
-    if not odd:
-        return
-    state = model.state_dict()
-    targets = dict.fromkeys(state, "")
+    state = model.state_dict() if odd else {}
     for spec in odd:
-        name = spec.name if spec.name in targets else _target_name(model, spec.name, state)
+        name = spec.name if spec.name in state else _target_name(model, spec.name, state)
         if name in state:
             require_compatible(
                 torch_dtype(spec.element), state[name].dtype, f"{_file_of(spec.name, catalog)}, tensor {spec.name!r}"
@@ -302,5 +255,7 @@ def _target_name(model: Any, name: str, state: Mapping[str, torch.Tensor]) -> st
         from lading.adapters import transformers5
 
         return transformers5.target_name(model, name, state)
-    renames: dict[str, str] = model._get_key_renaming_mapping([name], getattr(model, "_checkpoint_conversion_mapping", None))
+    renames: dict[str, str] = model._get_key_renaming_mapping(
+        [name], getattr(model, "_checkpoint_conversion_mapping", None)
+    )
     return renames.get(name, name)

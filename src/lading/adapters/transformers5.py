@@ -1,10 +1,10 @@
 """Bind a checkpoint directly to a transformers 5 model where nothing needs converting.
 
 ``from_pretrained`` compiles a thousand regular expressions and starts a thread pool before it looks at a tensor, and
-draws random numbers on meta. This path leaves that out when every name, shape and dtype of the checkpoint is the
-model's own; it builds, initialises, ties and finishes with transformers' own functions, so that the result is the one
-that ``from_pretrained`` gives. Anything else (conversions, casts, quantizers, keep-in-fp32 plans, devices) returns None,
-and the caller takes the public path.
+calls every random initialisation on meta. This path leaves that out when every name, shape and dtype of the checkpoint
+is the model's own. It builds, initialises, ties and finishes with transformers' own functions, so that the result is
+the one that ``from_pretrained`` gives. Anything else (conversions, casts, quantizers, keep-in-fp32 plans, devices)
+returns None, and the caller takes the public path.
 
 Private names of transformers used here, all checked when called: ``get_init_context``, ``_get_dtype``,
 ``_get_dtype_plan``, ``_finalize_model_loading``, ``LoadStateDictConfig``, ``LoadStateDictInfo``,
@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping, 
 from transformers.core_model_loading import WeightConverter, WeightTransform, rename_source_key
 from transformers.utils import ContextManagers
 
-from lading.adapters.transformers import ModelRequest, load_generation_config
+from lading.adapters.model_request import ModelRequest, load_generation_config
 from lading.checkpoint.empty import NoInits
 
 _LOG = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ def load_directly(
     if not _fits(model, state, tensors, dtype) or _may_convert(model):
         return None
     _assign(model, tensors)
-    load_config = modeling_utils.LoadStateDictConfig(pretrained_model_name_or_path=request.directory_or_repo_id, dtype=dtype)
+    load_config = modeling_utils.LoadStateDictConfig(
+        pretrained_model_name_or_path=request.directory_or_repo_id, dtype=dtype
+    )
     info = modeling_utils.LoadStateDictInfo(
         missing_keys=set(state) - set(tensors),
         unexpected_keys=set(),
@@ -119,13 +121,15 @@ def _may_convert(model: nn.Module) -> bool:
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     identifiers = {type(part).__name__ for part in parts} | {str(part.config.model_type) for part in parts}
-    converted = None
+    converted: frozenset[str] | None = None
     if conversion_mapping._checkpoint_conversion_mapping_cache is None:
         converted = _sketch_converted()
     if converted is None:  # the real table: already built, or built now because its builder cannot be sketched
         conversion_mapping.get_checkpoint_conversion_mapping("legacy")
         table = conversion_mapping._checkpoint_conversion_mapping_cache
-        converted = {key for key, rows in table.items() if any(isinstance(row, WeightConverter) for row in rows)}
+        converted = frozenset(
+            key for key, rows in table.items() if any(isinstance(row, WeightConverter) for row in rows)
+        )
     return bool(identifiers & converted)
 
 
@@ -153,7 +157,9 @@ def _sketch_converted() -> frozenset[str] | None:
 class _Entry:
     """Stand in for a row of the conversion table."""
 
-    def __init__(self, is_converter: bool, source_patterns: Any, target_patterns: Any, *_rest: Any, **_more: Any) -> None:
+    def __init__(
+        self, is_converter: bool, source_patterns: Any = (), target_patterns: Any = (), *_rest: Any, **_more: Any
+    ) -> None:
         self.is_converter = is_converter
         self.source_patterns = [source_patterns] if isinstance(source_patterns, str) else source_patterns
         self.target_patterns = [target_patterns] if isinstance(target_patterns, str) else target_patterns

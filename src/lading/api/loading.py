@@ -6,7 +6,6 @@ Composes `checkpoint` and `adapters`; knows neither's inside.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lading.adapters.deepspeed import refuse_zero_init
-from lading.adapters.transformers import ModelRequest, load_model, read_config
+from lading.adapters.model_request import ModelRequest
+from lading.adapters.transformers import load_model, read_config
 from lading.checkpoint.bind import BindOptions, bind
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.guard import FileGuard
@@ -29,14 +29,12 @@ PathOrRepoId = str | os.PathLike[str]
 
 
 @overload
-def load(
-    path_or_repo_id: PathOrRepoId, *, output_loading_info: Literal[False] = False, **options: Any
-) -> Any: ...
+def load(path_or_repo_id: PathOrRepoId, *, output_loading_info: Literal[False] = False, **options: Any) -> Any: ...
 @overload
 def load(
     path_or_repo_id: PathOrRepoId, *, output_loading_info: Literal[True], **options: Any
 ) -> tuple[Any, LoadReport]: ...
-def load(
+def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     path_or_repo_id: PathOrRepoId,
     *,
     model_class: type | str | None = None,
@@ -139,7 +137,7 @@ def load(
     return (model, report) if output_loading_info else model
 
 
-def load_into(
+def load_into(  # noqa: PLR0913 - as for load
     module: nn.Module,
     path_or_repo_id: PathOrRepoId,
     *,

@@ -1,8 +1,8 @@
 """Build a module without its parameters' memory, and remember how each would have been initialised.
 
-Inside ``with lading.empty():`` calls that only reserve or draw numbers (``torch.empty``, ``torch.rand*``, ``torch.nn.init``)
-make tensors on ``meta``; parameters made in any other way (``torch.zeros``, ``torch.ones``, computed ones) go to meta when
-they are registered. Buffers stay real, because no checkpoint has the non-persistent ones.
+Inside ``with lading.empty():`` calls that only reserve or draw numbers (``torch.empty``, ``torch.rand*``,
+``torch.nn.init``) make tensors on ``meta``; parameters made in any other way (``torch.zeros``, ``torch.ones``, computed
+ones) go to meta when they are registered. Buffers stay real, because no checkpoint has the non-persistent ones.
 
 What was skipped is written on a tape: the calls whose results, views or targets are on meta. Replaying the part of the
 tape that a tensor depends on makes the value the module's own code would have given it; that is how a name missing from
@@ -96,7 +96,8 @@ def _metas(tree: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def _writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
@@ -235,7 +236,7 @@ def _without_mode(hook: Callable[..., Any], *arguments: Any) -> Any:
         return hook(*arguments)
 
 
-def initialise(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor | None]:
+def initialise(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
     """Make the initial values of parameters built inside `empty`; None for one that has no recipe."""
     listed = list(parameters)
     values: list[torch.Tensor | None] = [None] * len(listed)

@@ -39,6 +39,7 @@ class FileGuard:
             check_unchanged(identity_of(descriptor), shard.identity, shard.path)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compare each shard with what was read when the module was loaded."""
         for descriptor, identity, path in self._watched:
             check_unchanged(identity_of(descriptor), identity, path)
 

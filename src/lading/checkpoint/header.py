@@ -125,7 +125,7 @@ def _read_text(descriptor: int, path: Path, file_bytes: int) -> bytes:
         _refuse(
             path,
             found=f"a header length of {length} bytes",
-            expected=f"at most {file_bytes - 8} bytes, which is what follows in the file (truncated, or not safetensors)",
+            expected=f"at most {file_bytes - 8} bytes, all that follows in the file (truncated, or not safetensors)",
         )
     if length > MAX_HEADER_BYTES:
         _refuse(path, found=f"a header of {length} bytes", expected=f"at most {MAX_HEADER_BYTES} bytes")

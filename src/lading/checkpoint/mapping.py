@@ -129,7 +129,7 @@ def read_tensor(shard: Shard, descriptor: int, spec: TensorSpec) -> torch.Tensor
         CorruptShardError: the file ends before the tensor does.
     """
     raw = _buffer_like(spec)
-    view = memoryview(raw.numpy())
+    view = memoryview(raw.numpy().data)
     done = 0
     while done < spec.num_bytes:
         count = os.preadv(descriptor, [view[done:]], spec.offset + done)

@@ -9,8 +9,8 @@ Two layouts are known (source: ``torch/serialization.py``):
 
 The pickle is interpreted by a reader that can build dicts, tuples, numbers, strings and *descriptions* of tensors, and
 nothing else: a pickle that names any other function is refused by that name, so code in a checkpoint never runs. What
-comes out is the same `Shard` as for safetensors, so that one mapping serves both (torch's own ``mmap=True`` maps without
-``MAP_NORESERVE``, which a file larger than memory needs).
+comes out is the same `Shard` as for safetensors, so that one mapping serves both (torch's own ``mmap=True`` maps
+without ``MAP_NORESERVE``, which a file larger than memory needs).
 
 Guarantees: only the pickles are read; every tensor's bytes lie inside the file. Imports no torch.
 """
@@ -20,12 +20,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 from lading.checkpoint.catalog import Shard, TensorSpec
 from lading.checkpoint.dtypes import ELEMENT_TYPES, ElementType
@@ -62,6 +63,22 @@ _BUILDS_OBJECTS = (
     pickle.READONLY_BUFFER,
 )
 
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.PickleError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What an interpreter of opcodes runs into when the bytes are not what torch.save wrote."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
@@ -79,14 +96,16 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _UnknownName(Exception):
+class _UnknownNameError(Exception):
     """The pickle names something that is no part of a table of tensors."""
 
 
 class _TableReader(pickle._Unpickler):
     """Interpret a pickle's opcodes; the pure Python base, because the C one allocates by numbers in the file."""
 
-    dispatch = {code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in _BUILDS_OBJECTS}
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in _BUILDS_OBJECTS
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CALLABLES:
@@ -95,7 +114,7 @@ class _TableReader(pickle._Unpickler):
             return ELEMENT_TYPES[_STORAGE_KINDS[name]]
         if module == "torch" and name in _BY_TORCH_NAME:
             return _BY_TORCH_NAME[name]
-        raise _UnknownName(f"{module}.{name}")
+        raise _UnknownNameError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, element, key, _location, num_elements, *_view = pid
@@ -117,7 +136,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_grad:
     return _Tensor(storage, storage.element, _natural(offset), sizes, steps)
 
 
-def _rebuild_typed_tensor(  # noqa: PLR0913, PLR0917 - torch's signature, as pickled
+def _rebuild_typed_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_metadata: Any
 ) -> _Tensor:
     tensor = _rebuild_tensor(storage, offset, shape, strides)
@@ -161,7 +180,7 @@ def read_pickled(path: Path) -> Shard:
         identity = identity_of(file.fileno())
         try:
             content, places = _read_zip(file, path) if zipfile.is_zipfile(file) else _read_legacy(file, path)
-        except _UnknownName as error:
+        except _UnknownNameError as error:
             raise CheckpointError(
                 refusal(
                     str(path),
@@ -172,7 +191,7 @@ def read_pickled(path: Path) -> Shard:
             ) from error
         except CheckpointError:
             raise
-        except Exception as error:
+        except _DAMAGE as error:
             _refuse(path, found=f"a damaged file ({type(error).__name__}: {error})", cause=error)
     specs = [_spec(name, tensor, places, path, identity.num_bytes) for name, tensor in _named(content, path)]
     specs.sort(key=lambda spec: (spec.offset, spec.num_bytes))

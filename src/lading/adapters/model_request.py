@@ -1,0 +1,68 @@
+"""Say which transformers model is wanted, and read what stands beside its weights.
+
+What the two loading paths, `transformers` and `transformers5`, share. Knows no tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from lading.checkpoint.locate import Source
+from lading.compat import has_transformers5
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """Say which model is wanted, in which class and dtype. Immutable."""
+
+    source: Source
+    model_class: type | str | None = None
+    """A class, an auto class or the name of either; None means the configuration's own architecture."""
+    dtype: torch.dtype | str | dict[str, Any] | None = "auto"
+    strict: bool = True
+    trust_remote_code: bool = False
+    device_map: Any = None
+    """None or one device for everything."""
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What else ``from_pretrained`` takes, such as ``attn_implementation``."""
+
+    @property
+    def directory_or_repo_id(self) -> str:
+        """Name the place of the configuration: a checkpoint file's directory, or what was asked for."""
+        path = Path(self.source.path_or_repo_id).expanduser()
+        return str(path.parent if path.is_file() else self.source.path_or_repo_id)
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        """Give the arguments that all of transformers' readers of repositories take."""
+        return {
+            "cache_dir": self.source.cache_dir,
+            "local_files_only": self.source.local_files_only,
+            "token": self.source.token,
+            "revision": self.source.revision or "main",
+            "subfolder": self.source.subfolder,
+        }
+
+
+def load_generation_config(model: Any, request: ModelRequest) -> None:
+    """Read generation_config.json, and custom generation code if it is allowed, as ``from_pretrained`` does."""
+    if not model.can_generate() or (has_transformers5() and not hasattr(model, "adjust_generation_fn")):
+        return
+    place = request.directory_or_repo_id
+    hub = {**request.hub_kwargs, "force_download": False, "proxies": None}
+    if has_transformers5():
+        model.adjust_generation_fn(None, False, None, place, **hub, trust_remote_code=request.trust_remote_code)
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(place, **hub)
+    except OSError:
+        _LOG.info("%s has no generation_config.json: its model configuration speaks for it", place)
