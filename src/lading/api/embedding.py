@@ -1,0 +1,109 @@
+"""Make an embedder from a path, or from a model and its tokenizer: loading, pooling settings and embedding composed.
+
+The only place that knows both how a model is loaded and how texts are embedded.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from lading.adapters.sentence_transformers import find_directory, load_tokenizer, read_embedding_model
+from lading.api.loading import load
+from lading.embed import embedder
+from lading.embed.batching import Batching, Tokenizer
+from lading.embed.settings import EmbedSettings
+from lading.errors import EmbedError, MissingTensorError, name_list, refusal
+
+
+class Embedder(embedder.Embedder):
+    """Turn texts into vectors; everything but the making is inherited, thread rules included.
+
+    For a sentence-transformers model the vectors are those of ``SentenceTransformer.encode``; for any other model they
+    are the mean over the tokens of the last hidden states.
+
+    Example:
+        >>> embedder = Embedder("path/to/all-MiniLM-L6-v2")                # doctest: +SKIP
+        >>> embedder.encode("What is a cargo?").shape                      # doctest: +SKIP
+        torch.Size([384])
+        >>> [row.id for row in embedder.stream(["tea", "silk"])]           # doctest: +SKIP
+        [None, None]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        tokenizer: Tokenizer | None = None,
+        settings: EmbedSettings | None = None,
+        batching: Batching | None = None,
+        runner: embedder.Runner | None = None,
+    ) -> None:
+        """Load what is not given.
+
+        Args:
+            model: a loaded module in evaluation mode, or a path or repository, loaded in the checkpoint's dtype.
+            tokenizer: None: the one beside the model; for a module, beside the ``name_or_path`` it was loaded from.
+            settings: None: as the sentence-transformers files beside the model say, mean pooling where there are none.
+            batching: None: the defaults.
+            runner: None: one batch after the other on the model's device.
+
+        Raises:
+            CheckpointError: the model cannot be loaded, or its files ask for something that lading does not do.
+            MissingTensorError: the checkpoint lacks weights that hidden states need.
+            EmbedError: a module without a tokenizer, and none beside it.
+        """
+        if isinstance(model, nn.Module):
+            tokenizer, settings = _complete(model, tokenizer, settings)
+            super().__init__(model, tokenizer, settings, batching, runner)
+            return
+        name = os.fspath(model)
+        directory = find_directory(name)
+        files = read_embedding_model(directory, str(directory.resolve()) if Path(name).expanduser().exists() else name)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(files.directory, lowers_case=files.lowers_case)
+        module = _load_encoder(name, files.subfolder, files.model_class)
+        super().__init__(module, tokenizer, settings or files.settings, batching, runner)
+
+
+def _load_encoder(name: str, subfolder: str, model_class: str) -> nn.Module:
+    """Load a model without its head; what only the head needs may be too much, and the pooler may be missing."""
+    module, report = load(name, subfolder=subfolder, model_class=model_class, strict=False, output_loading_info=True)
+    missing = [tensor for tensor in report.missing if "pooler" not in tensor.split(".")]
+    if missing:
+        raise MissingTensorError(
+            refusal(
+                name,
+                found=f"no tensors {name_list(missing)}",
+                expected=f"every weight of {type(module).__qualname__}",
+                way_out="download the model again, or load the right class and pass the module",
+            )
+        )
+    loaded: nn.Module = module
+    return loaded
+
+
+def _complete(
+    model: nn.Module, tokenizer: Tokenizer | None, settings: EmbedSettings | None
+) -> tuple[Tokenizer, EmbedSettings]:
+    """Take what was not given from the directory that a module was loaded from, where it still exists."""
+    name = getattr(model, "name_or_path", None)
+    directory = Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+    if settings is None and directory is not None and (directory / "modules.json").exists():
+        settings = read_embedding_model(directory, str(directory.resolve())).settings
+    if tokenizer is None:
+        if directory is None:
+            raise EmbedError(
+                refusal(
+                    type(model).__qualname__,
+                    found="no tokenizer, and no directory that the module was loaded from",
+                    expected="a tokenizer as transformers has them",
+                    way_out="call Embedder(model, tokenizer)",
+                )
+            )
+        tokenizer = load_tokenizer(directory)
+    if settings is None:
+        settings = replace(EmbedSettings(), model=str(directory.resolve()) if directory else "")
+    return tokenizer, settings
