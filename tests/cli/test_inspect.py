@@ -117,7 +117,7 @@ def test_inspect_nothing_there_says_so_and_exits_with_1(tmp_path, capsys):
 def test_inspect_imports_neither_torch_nor_transformers(folder, arguments):
     code = (
         "import sys; from lading.cli import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); sys.exit(f'imported {heavy}' if heavy else code)"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", str(folder), *arguments], capture_output=True, text=True, check=False

@@ -9,8 +9,10 @@ Guarantees: complete and exact, or an error; nothing on meta; the file untouched
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from lading.adapters.model_request import ModelRequest, load_generation_config
 from lading.checkpoint.catalog import Catalog
-from lading.checkpoint.dtypes import require_compatible, torch_dtype
+from lading.checkpoint.dtypes import is_plain_float, require_compatible, torch_dtype
+from lading.checkpoint.empty import NoInits, empty
 from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.report import LoadReport
 from lading.checkpoint.slots import count_bytes, require_no_meta
@@ -31,6 +34,8 @@ from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
 _LOG = logging.getLogger(__name__)
+_ONE_BUILD = threading.RLock()
+"""transformers patches torch and its own classes while it builds a model: two builds at once leave them patched."""
 
 
 def read_config(request: ModelRequest) -> PretrainedConfig:
@@ -46,7 +51,7 @@ def read_config(request: ModelRequest) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
             request.directory_or_repo_id, trust_remote_code=request.trust_remote_code, **request.hub_kwargs
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON, but no object
         raise CheckpointError(
             refusal(
                 f"{request.directory_or_repo_id}, config.json",
@@ -128,20 +133,15 @@ def load_model(
         CheckpointError: strict, and names are left over; or element types that cannot stand for each other.
     """
     cls = find_class(config, request)
-    loaded = None
-    if has_transformers5():
-        from lading.adapters import transformers5
-
-        loaded = transformers5.load_directly(cls, request, config, tensors)
-    loader = "transformers" if loaded is None else "lading"
-    model, info = _load_through_transformers(cls, request, config, tensors) if loaded is None else loaded
+    with _ONE_BUILD:
+        model, info, loader = _build(cls, request, config, catalog, tensors)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    _refuse_mismatched(info["mismatched_keys"], catalog)
+    _refuse_mismatched(info["mismatched_keys"], model, catalog)
     if info.get("error_msgs"):
         raise CheckpointError(f"{catalog.describe()}: {'; '.join(map(str, info['error_msgs']))}")
     _settle(missing, unexpected, model, catalog, request.strict)
     if getattr(model, "hf_quantizer", None) is None:
-        _refuse_converted_integers(model, catalog)
+        _refuse_cast_kinds(model, catalog)
     require_no_meta(model, catalog.describe())
     mapped, copied = count_bytes(model, mappings)
     return model, LoadReport(
@@ -152,6 +152,43 @@ def load_model(
         unexpected=tuple(unexpected),
         loader=loader,
     )
+
+
+def _build(
+    cls: Any,
+    request: ModelRequest,
+    config: PretrainedConfig,
+    catalog: Catalog,
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[Any, dict[str, Any], str]:
+    """Build and fill the model by the shorter path where it fits; also give the loading info and who loaded."""
+    if has_transformers5():
+        from lading.adapters import transformers5
+
+        loaded = transformers5.load_directly(cls, request, config, tensors)
+        if loaded is not None:
+            return *loaded, "lading"
+    kinds = {spec.element.kind for spec in catalog}
+    if "small float" in kinds and not _is_quantised(config, request):
+        _refuse_cast_kinds(_skeleton(cls, config), catalog)  # afterwards transformers 4 has such parameters itself
+    try:
+        return *_load_through_transformers(cls, request, config, tensors), "transformers"
+    except RuntimeError as error:  # transformers 4, over a tensor of integers, without naming it
+        if kinds == {"float"} or _is_quantised(config, request):
+            raise
+        _refuse_cast_kinds(_skeleton(cls, config), catalog)
+        raise CheckpointError(f"{catalog.describe()}: {error}") from error
+
+
+def _is_quantised(config: PretrainedConfig, request: ModelRequest) -> bool:
+    given = request.model_kwargs.get("quantization_config")
+    return given is not None or getattr(config, "quantization_config", None) is not None
+
+
+def _skeleton(cls: Any, config: PretrainedConfig) -> Any:
+    """Build a model without weights, to ask it for the element types that it declares."""
+    with empty(), NoInits():
+        return cls(copy.deepcopy(config))
 
 
 def _load_through_transformers(
@@ -193,10 +230,19 @@ def _quiet_unless_terminal() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _refuse_mismatched(mismatched: Any, catalog: Catalog) -> None:
-    rows = sorted((name, list(found), list(expected)) for name, found, expected in mismatched)
+def _refuse_mismatched(mismatched: Iterable[Any], model: Any, catalog: Catalog) -> None:
+    """Refuse wrong shapes; transformers 5 gives them with the names, transformers 4 the model's names only."""
+    rows = []
+    for entry in mismatched:
+        if isinstance(entry, str):
+            sources = [spec for spec in catalog if _target_name(model, spec.name, {}) == entry]
+            found = list(sources[0].shape) if sources else []
+            rows.append((entry, found, list(model.state_dict()[entry].shape)))
+        else:
+            rows.append((entry[0], list(entry[1]), list(entry[2])))
     if not rows:
         return
+    rows.sort()
     listed = [
         refusal(
             f"{_file_of(name, catalog)}, tensor {name!r}",
@@ -237,11 +283,13 @@ def _settle(missing: list[str], unexpected: list[str], model: Any, catalog: Cata
         _LOG.warning(message)
 
 
-def _refuse_converted_integers(model: Any, catalog: Catalog) -> None:
-    """Refuse integers, booleans and 8-bit floats that transformers cast to a parameter's floats without a word."""
-    odd = [spec for spec in catalog if spec.element.kind != "float"]
-    state = model.state_dict() if odd else {}
-    for spec in odd:
+def _refuse_cast_kinds(model: Any, catalog: Catalog) -> None:
+    """Refuse integers cast to floats, floats cast to integers and the like: transformers does that without a word."""
+    state = model.state_dict()
+    odd = {name for name, held in state.items() if isinstance(held, torch.Tensor) and not is_plain_float(held.dtype)}
+    for spec in catalog:
+        if spec.element.kind == "float" and (not odd or (spec.name in state and spec.name not in odd)):
+            continue
         name = spec.name if spec.name in state else _target_name(model, spec.name, state)
         if name in state:
             require_compatible(

@@ -68,6 +68,7 @@ def load_directly(
     )
     model._weight_conversions = []
     info = cls._finalize_model_loading(model, load_config, info)
+    _bind_again(model, tensors)
     model.eval()
     model.set_use_kernels(False, None)
     load_generation_config(model, request)
@@ -112,6 +113,17 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             bound = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         bound._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers draws it anew
         setattr(owner, attribute, bound)
+
+
+def _bind_again(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give back the file's bytes where tying copied a bias only to pad it by nothing."""
+    ties = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    for name, parameter in model.named_parameters():
+        tensor = tensors.get(name)
+        if tensor is None or parameter.data_ptr() == tensor.data_ptr() or name.endswith(".weight"):
+            continue
+        if name in ties and parameter.shape == tensor.shape and torch.equal(parameter, tensor):
+            parameter.data = tensor
 
 
 def _may_convert(model: nn.Module) -> bool:

@@ -97,7 +97,9 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         CheckpointError: anything else that does not fit, each time with file, tensor, found and expected.
         PlanError: a ``device_map`` of several devices.
 
-    Any thread may load; the model may then be called from many.
+    Any thread may load: models are built one at a time, because transformers patches torch meanwhile. (A module that
+    another thread builds without lading at that moment may be caught by these patches, as with ``from_pretrained``.)
+    The model may then be called from many threads.
 
     Example:
         >>> import lading

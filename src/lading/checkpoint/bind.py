@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from lading.checkpoint.dtypes import is_plain_float, require_compatible
 from lading.checkpoint.empty import initialise, is_recipe
 from lading.checkpoint.mapping import ShardMapping, tensors_of
 from lading.checkpoint.report import LoadReport
-from lading.checkpoint.slots import Slot, count_bytes, require_no_meta, slots_of
+from lading.checkpoint.slots import Slot, count_bytes, remember, require_no_meta, slots_of
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 from lading.names import Rename, nearest, renamed
 
@@ -58,7 +58,7 @@ class _Filling:
     groups: dict[str, list[str]] = field(default_factory=dict)
     """Name → all names of the same tensor, where there is more than one."""
     missing: list[str] = field(default_factory=list)
-    unexpected: set[str] = field(default_factory=set)
+    unexpected: list[str] = field(default_factory=list)
     trusted: list[str] = field(default_factory=list)
     """Prefixes of the modules that load themselves."""
 
@@ -89,21 +89,24 @@ def bind(
     )
     _find_slots(filling)
     _spread_over_ties(filling)
+    _refuse_wrong_shapes(filling)
     with ExitStack() as undo:
-        _remember(module, undo)
+        remember(module, undo)
         _fill(filling)
         _tie(filling)
-        _settle_unexpected(filling)
-        _settle_missing(filling)
+        _find_unexpected(filling)
+        _initialise(filling)
+        _call_post_hooks(module, _IncompatibleKeys(filling.missing, filling.unexpected), set())
+        _settle(filling)
         require_no_meta(module, catalog.describe())
         undo.pop_all()
     mapped, copied = count_bytes(module, mappings)
     return LoadReport(
-        num_tensors=len(targets) - len(filling.unexpected),
+        num_tensors=len(targets) - len(set(targets) & set(filling.unexpected)),
         mapped_bytes=mapped,
         copied_bytes=copied,
         missing=tuple(filling.missing),
-        unexpected=tuple(sorted(filling.unexpected)),
+        unexpected=tuple(filling.unexpected),
     )
 
 
@@ -167,24 +170,6 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
-def _remember(module: nn.Module, undo: ExitStack) -> None:
-    """Register on ``undo`` what puts every slot of a module back."""
-
-    def restore(
-        parts: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]], data: list[tuple[nn.Parameter, torch.Tensor]]
-    ) -> None:
-        for parameter, held in data:
-            parameter.data = held
-        for part, parameters, buffers in parts:
-            for slots, before in ((part._parameters, parameters), (part._buffers, buffers)):
-                slots.clear()
-                slots.update(before)
-
-    parts = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-    data = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.is_meta]
-    undo.callback(restore, parts, data)
-
-
 def _loads_itself(module: nn.Module) -> bool:
     return (
         type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
@@ -193,60 +178,88 @@ def _loads_itself(module: nn.Module) -> bool:
     )
 
 
-def _fill(filling: _Filling) -> None:
-    refused: list[str] = []
-    for path, module in filling.module.named_modules():
-        prefix = f"{path}." if path else ""
-        own = slots_of(module, prefix)
-        for name, slot in own.items():
-            if name in filling.state:
-                filling.state[name] = _accept(filling, name, slot, refused)
-        if _loads_itself(module):
-            _let_load(filling, module, prefix)
-            continue
-        for name, slot in own.items():
-            if name in filling.state:
-                _replace(slot, filling.state[name], filling.file_of(name), name)
-            else:
-                filling.missing.append(name)
+def _refuse_wrong_shapes(filling: _Filling) -> None:
+    """Refuse every wrong shape at once, before anything is cast or bound.
+
+    Not where a hook may rename first, nor in a module that loads itself: those are looked at when they have.
+    """
+    if any(part._load_state_dict_pre_hooks for part in filling.module.modules()):
+        return
+    refused = [
+        _shape_refusal(filling, name, slot.get())
+        for name, slot in filling.slots.items()
+        if name in filling.state and not _loads_itself(slot.owner) and not _has_shape(filling.state[name], slot.get())
+    ]
     if refused:
         more = f" … ({len(refused)} in all)" if len(refused) > 10 else ""
         raise ShapeMismatchError("; ".join(refused[:10]) + more)
-    for module in filling.module.modules():
-        for hook in module._load_state_dict_post_hooks.values():
-            hook(module, _IncompatibleKeys(filling.missing, sorted(filling.unexpected)))
 
 
-def _accept(filling: _Filling, name: str, slot: Slot, refused: list[str]) -> torch.Tensor:
-    """Check one tensor against its slot and cast it. Wrong shapes are collected in ``refused``."""
-    tensor, held = filling.state[name], slot.get()
-    if tensor.shape != held.shape and not _is_uninitialised(held):
-        found, expected = list(tensor.shape), list(held.shape)
-        hint = "it is transposed" if found == expected[::-1] else "use the checkpoint's own configuration"
-        subject = f"{filling.file_of(name)}, tensor {name!r}"
-        refused.append(refusal(subject, found=f"shape {found}", expected=f"shape {expected}", way_out=hint))
+def _has_shape(tensor: torch.Tensor, held: torch.Tensor) -> bool:
+    return isinstance(held, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.shape == held.shape
+
+
+def _shape_refusal(filling: _Filling, name: str, held: torch.Tensor) -> str:
+    found, expected = list(filling.state[name].shape), list(held.shape)
+    return refusal(
+        f"{filling.file_of(name)}, tensor {name!r}",
+        found=f"shape {found}",
+        expected=f"shape {expected}",
+        way_out="it is transposed" if found == expected[::-1] else "use the checkpoint's own configuration",
+    )
+
+
+def _fill(filling: _Filling) -> None:
+    for path, module in filling.module.named_modules():
+        prefix = f"{path}." if path else ""
+        own = slots_of(module, prefix)
+        if _loads_itself(module):
+            _let_load(filling, module, prefix, own)
+            continue
+        for name, slot in own.items():
+            if name not in filling.state:
+                filling.missing.append(name)
+                continue
+            if not _has_shape(filling.state[name], slot.get()):
+                raise ShapeMismatchError(_shape_refusal(filling, name, slot.get()))
+            _require_kind(filling, name, slot.get(), filling.state[name])
+            _replace(slot, _cast(filling, name, slot.get()), filling.file_of(name), name)
+
+
+def _require_kind(filling: _Filling, name: str, held: torch.Tensor, tensor: torch.Tensor) -> None:
     require_compatible(tensor.dtype, held.dtype, f"{filling.file_of(name)}, tensor {name!r}")
+
+
+def _cast(filling: _Filling, name: str, held: torch.Tensor) -> torch.Tensor:
+    """Give a tensor the dtype that was asked for, once for all names of a tie."""
+    tensor = filling.state[name]
     dtype = held.dtype if filling.options.dtype is None else filling.options.dtype
     if not isinstance(dtype, torch.dtype) or not is_plain_float(tensor.dtype) or dtype == tensor.dtype:
         return tensor
     cast = tensor.to(dtype)
-    for alias in filling.groups.get(name, ()):
+    for alias in (name, *filling.groups.get(name, ())):
         filling.state[alias] = cast
     return cast
 
 
-def _is_uninitialised(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
-
-
-def _let_load(filling: _Filling, module: nn.Module, prefix: str) -> None:
+def _let_load(filling: _Filling, module: nn.Module, prefix: str, own: Mapping[str, Slot]) -> None:
+    """Ask a module to load its own tensors, and hold it to the same rules; real tensors keep their identity."""
+    before = {name: slot.get() for name, slot in own.items()}
+    for name, held in before.items():
+        if name in filling.state:
+            _cast(filling, name, held)
     missing: list[str] = []
     unexpected: list[str] = []
     errors: list[str] = []
     metadata = {"assign_to_params_buffers": True}
     module._load_from_state_dict(filling.state, prefix, metadata, True, missing, unexpected, errors)
+    for name in [name for name, held in before.items() if name in filling.state]:
+        held, now = before[name], own[name].get()
+        if now is not held and not _has_shape(now, held):
+            errors.append(_shape_refusal(filling, name, held))
+        _require_kind(filling, name, held, now)
     if errors:
-        raise CheckpointError(
+        raise (ShapeMismatchError if any("size mismatch" in line for line in errors) else CheckpointError)(
             refusal(
                 f"{filling.catalog.describe()}, module {prefix.rstrip('.') or '(root)'!r} ({type(module).__name__})",
                 found="; ".join(errors[:10]),
@@ -254,8 +267,13 @@ def _let_load(filling: _Filling, module: nn.Module, prefix: str) -> None:
                 way_out="see the module's _load_from_state_dict",
             )
         )
+    for name, held in before.items():
+        now = own[name].get()
+        if now is not held and not held.is_meta:
+            held.data = now.data.to(held.device)
+            own[name].put(held)
     filling.missing += missing
-    filling.unexpected |= set(unexpected)
+    filling.unexpected += unexpected
     filling.trusted.append(prefix)
 
 
@@ -296,42 +314,66 @@ def _tie(filling: _Filling) -> None:
             filling.slots[alias].put(filling.slots[filled].get())
 
 
-def _settle_unexpected(filling: _Filling) -> None:
+def _find_unexpected(filling: _Filling) -> None:
+    names = set(filling.unexpected)
     for name in filling.state:
         owner, _, _ = name.rpartition(".")
         if name not in filling.slots and (f"{owner}." if owner else "") not in filling.trusted:
-            filling.unexpected.add(name)
-    if not filling.unexpected:
-        return
-    names = sorted(filling.unexpected)
-    likely = nearest(names[0], filling.slots)
-    message = refusal(
-        filling.file_of(names[0]),
-        found=f"names that the module has no place for: {name_list(names)}",
-        expected=f"names of {type(filling.module).__name__}" + (f", such as {name_list(likely)}" if likely else ""),
-        way_out="rename them, or leave them out with strict=False",
-    )
-    if filling.options.strict:
-        raise CheckpointError(message)
-    _LOG.warning(message)
+            names.add(name)
+    claimed = {target for alias in filling.catalog.aliases if (target := renamed(alias, filling.options.rename))}
+    filling.unexpected = sorted(names - claimed)  # what a file says of left-out names is a claim, no tensor
 
 
-def _settle_missing(filling: _Filling) -> None:
-    """Refuse missing names, or give them the values that the module's own code would have drawn."""
-    if not filling.missing:
-        return
-    message = refusal(
-        filling.catalog.describe(),
-        found=f"no tensor for {name_list(filling.missing)}",
-        expected=f"every parameter and persistent buffer of {type(filling.module).__name__}",
-        way_out="rename the checkpoint's names, or initialise what is missing with strict=False",
-    )
-    if filling.options.strict:
-        raise MissingTensorError(message)
-    _LOG.warning(message)
-    absent = {id(held): held for name in filling.missing if (held := filling.slots[name].get()).is_meta}
+def _initialise(filling: _Filling) -> None:
+    """Give missing parameters the values that the module's own code would have drawn, where that is known."""
+    slots = [filling.slots[name] for name in filling.missing if name in filling.slots]
+    absent = {id(slot.get()): slot.get() for slot in slots if slot.get().is_meta}
     values = dict(zip(absent, initialise(absent.values()), strict=True))
-    lost = [name for name in filling.missing if values.get(id(filling.slots[name].get()), ...) is None]
+    made = {
+        key: _parameter_like(absent[key], _as_float(value, filling.options.dtype))
+        for key, value in values.items()
+        if value is not None
+    }
+    for slot in filling.slots.values():
+        if id(slot.get()) in made:
+            slot.put(made[id(slot.get())])
+
+
+def _call_post_hooks(module: nn.Module, names: _IncompatibleKeys, done: set[nn.Module]) -> None:
+    """Call load hooks in torch's order, children first; they may take names off the lists."""
+    for child in module.children():
+        if child not in done:
+            _call_post_hooks(child, names, done)
+    done.add(module)
+    for hook in module._load_state_dict_post_hooks.values():
+        hook(module, names)
+
+
+def _settle(filling: _Filling) -> None:
+    """Refuse unexpected and missing names; without ``strict``, tell them and refuse what nothing could initialise."""
+    kind = type(filling.module).__name__
+    if filling.unexpected:
+        likely = nearest(filling.unexpected[0], filling.slots)
+        message = refusal(
+            filling.file_of(filling.unexpected[0]),
+            found=f"names that the module has no place for: {name_list(filling.unexpected)}",
+            expected=f"names of {kind}" + (f", such as {name_list(likely)}" if likely else ""),
+            way_out="rename them, or leave them out with strict=False",
+        )
+        if filling.options.strict:
+            raise CheckpointError(message)
+        _LOG.warning(message)
+    if filling.missing:
+        message = refusal(
+            filling.catalog.describe(),
+            found=f"no tensor for {name_list(filling.missing)}",
+            expected=f"every parameter and persistent buffer of {kind}",
+            way_out="rename the checkpoint's names, or initialise what is missing with strict=False",
+        )
+        if filling.options.strict:
+            raise MissingTensorError(message)
+        _LOG.warning(message)
+    lost = [name for name in filling.missing if name in filling.slots and filling.slots[name].get().is_meta]
     if lost:
         raise MissingTensorError(
             refusal(
@@ -341,14 +383,6 @@ def _settle_missing(filling: _Filling) -> None:
                 way_out="build the module inside `with lading.empty():`",
             )
         )
-    made = {
-        key: _parameter_like(absent[key], _as_float(value, filling.options.dtype))
-        for key, value in values.items()
-        if value is not None
-    }
-    for slot in filling.slots.values():
-        if id(slot.get()) in made:
-            slot.put(made[id(slot.get())])
 
 
 def _as_float(value: torch.Tensor, dtype: torch.dtype | str | None) -> torch.Tensor:

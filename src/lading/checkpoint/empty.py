@@ -166,9 +166,19 @@ class _EmptyMode(TorchFunctionMode):
         moved: nn.Parameter = self.moved[parameter]
         return moved
 
+    def on_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+        """Mark the parameters of a child that came ready made, such as a deepcopy of a layer built before."""
+        for parameter in child.parameters() if child is not None else ():
+            if parameter.is_meta and not hasattr(parameter, _RECIPE):
+                setattr(parameter, _RECIPE, self.tape)
+
     def on_buffer(self, module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
         """Make a drawn buffer real as it is registered."""
-        return self.tape.replay([buffer])[0] if buffer is not None and buffer.is_meta else None
+        if buffer is None or not buffer.is_meta:
+            return None
+        if isinstance(buffer, nn.UninitializedBuffer):  # a lazy module's: it has no numbers yet
+            return nn.UninitializedBuffer(device="cpu", dtype=buffer.dtype)  # type: ignore[call-arg]  # torch's stub
+        return self.tape.replay([buffer])[0]
 
 
 def _is_real(leaf: Any) -> bool:
@@ -222,6 +232,7 @@ def empty() -> Iterator[None]:
     handles = [
         nn_module.register_module_parameter_registration_hook(here(mode.on_parameter)),
         nn_module.register_module_buffer_registration_hook(here(mode.on_buffer)),
+        nn_module.register_module_module_registration_hook(here(mode.on_module)),
     ]
     try:
         with mode:

@@ -108,7 +108,9 @@ def read_header(path: Path) -> Shard:
     specs.sort(key=lambda spec: (spec.offset, spec.num_bytes))
     _check_layout(specs, path, data_start, identity.num_bytes)
     tensors = {spec.name: spec for spec in specs}
-    aliases = {key: value for key, value in metadata.items() if value in tensors and key not in tensors}
+    aliases = {
+        key: value for key, value in metadata.items() if value in tensors and key not in tensors and key != "format"
+    }
     return Shard(path=path, identity=identity, tensors=tensors, metadata=metadata, aliases=aliases)
 
 
@@ -142,25 +144,43 @@ def _read_text(descriptor: int, path: Path, file_bytes: int) -> bytes:
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object, refusing a key that stands twice (json itself keeps the last one silently)."""
-    built = dict(pairs)
-    if len(built) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    built: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in built:
+            raise ValueError(f"the key {key!r:.80} twice")
+        built[key] = value
     return built
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """Parse one JSON object of UTF-8 text whose every string is UTF-8 too and whose keys each stand once.
+
+    Raises:
+        ValueError: saying which of these it is not.
+    """
+    try:
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique_pairs)
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")  # an escape may spell half a character
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text that is not UTF-8 (byte {error.start})") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a string with half a surrogate pair") from error
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"text that is not JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"JSON that is a {type(parsed).__name__}, no object")  # noqa: TRY004 - the file's fault
+    return parsed
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if not text.startswith(b"{"):
         _refuse(path, found=f"a header that begins with {text[:8]!r}", expected="a JSON object, beginning with '{'")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique_pairs)
-    except UnicodeDecodeError as error:
-        _refuse(path, found=f"a header that is not UTF-8 (byte {error.start})", expected="UTF-8 text")
-    except RecursionError:
-        _refuse(path, found="a header nested too deeply", expected="an object of flat entries")
+        return parse_json_object(text)
     except ValueError as error:
-        _refuse(path, found=f"a header that is not JSON ({error})", expected="one JSON object")
-    return entries if isinstance(entries, dict) else _refuse(path, found="no object", expected="a JSON object")
+        _refuse(path, found=f"a header of {error}", expected="one JSON object in UTF-8, each key once")
 
 
 def _metadata(entry: Any, path: Path) -> Mapping[str, str]:
@@ -172,7 +192,7 @@ def _metadata(entry: Any, path: Path) -> Mapping[str, str]:
 
 
 def _natural(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
@@ -184,16 +204,17 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
         _refuse(path, tensor=name, found=f"dtype {entry['dtype']!r:.40}", expected=f"one of {known}")
     shape = entry["shape"]
     if not isinstance(shape, list) or not all(_natural(size) for size in shape):
-        _refuse(path, tensor=name, found=f"shape {shape!r:.80}", expected="a list of integers ≥ 0")
+        _refuse(path, tensor=name, found=f"shape {shape!r:.80}", expected="a list of integers ≥ 0 and < 2**63")
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(offset) for offset in offsets):
-        _refuse(path, tensor=name, found=f"data_offsets {offsets!r:.80}", expected="two integers ≥ 0")
+        _refuse(path, tensor=name, found=f"data_offsets {offsets!r:.80}", expected="two integers ≥ 0 and < 2**63")
     begin, end = offsets
-    num_bits = element.bits
+    largest_bits = element.bits
     for size in shape:
-        num_bits *= size
-        if num_bits >= 1 << 66:  # 2**63 bytes: past any file, and the product must not grow without bound
+        largest_bits *= max(1, size)
+        if largest_bits >= 1 << 66:  # 2**63 bytes: past any file, and the product must not grow without bound
             _refuse(path, tensor=name, found=f"shape {shape!r:.80}", expected="fewer than 2**63 bytes")
+    num_bits = 0 if 0 in shape else largest_bits
     if num_bits % 8 or end - begin != num_bits // 8:
         _refuse(
             path,
@@ -201,6 +222,8 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
             found=f"data_offsets [{begin}, {end}], {end - begin} bytes",
             expected=f"{num_bits / 8:g} bytes for {entry['dtype']} of shape {shape!r:.80}",
         )
+    if shape and shape[-1] * element.bits % 8:
+        _refuse(path, tensor=name, found=f"shape {shape!r:.80}", expected=f"rows of whole bytes for {element.name}")
     return TensorSpec(name=name, element=element, shape=tuple(shape), offset=data_start + begin, num_bytes=end - begin)
 
 

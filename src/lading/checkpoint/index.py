@@ -6,13 +6,13 @@ maps each tensor's name to the file name of its shard, in the same directory. Kn
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from lading.checkpoint.catalog import Catalog
-from lading.checkpoint.header import open_regular, unique_pairs
+from lading.checkpoint.header import open_regular, parse_json_object
 from lading.errors import CheckpointError, MissingTensorError, name_list, refusal
 
 
@@ -22,16 +22,14 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: not JSON, no or an empty ``weight_map``, or a shard name that leaves the directory.
     """
-    import os
-
     descriptor = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         data = file.read()
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, found=f"no JSON ({error})", expected="one JSON object")
-    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+        parsed = parse_json_object(data)
+    except ValueError as error:
+        _refuse(path, found=f"no JSON object ({error})", expected="one JSON object in UTF-8, each key once")
+    weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _refuse(path, found=f"weight_map {weight_map!r:.60}", expected="an object of tensor names to shard file names")
     for name, shard in weight_map.items():

@@ -82,9 +82,13 @@ def find_entry(source: Source) -> tuple[Path, Callable[[str], Path]]:
         CheckpointNotFoundError: as for `open_catalog`.
     """
     path = Path(source.path_or_repo_id).expanduser()
-    if path.is_file():
+    try:
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # too long for a name, or not one
+        is_file = is_directory = False
+    if is_file:
         return path, lambda name: path.parent / name
-    if path.is_dir():
+    if is_directory:
         return _find_in_directory(path / source.subfolder, source.variant)
     if path.is_absolute() or not _REPO_ID.fullmatch(source.path_or_repo_id):
         raise CheckpointNotFoundError(

@@ -18,6 +18,7 @@ Guarantees: only the pickles are read; every tensor's bytes lie inside the file.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import struct
@@ -30,7 +31,7 @@ from typing import Any, BinaryIO, ClassVar, NoReturn
 
 from lading.checkpoint.catalog import Shard, TensorSpec
 from lading.checkpoint.dtypes import ELEMENT_TYPES, ElementType
-from lading.checkpoint.header import identity_of, open_regular
+from lading.checkpoint.header import MAX_HEADER_BYTES, identity_of, open_regular
 from lading.errors import CheckpointError, CorruptShardError, name_list, refusal
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -61,6 +62,10 @@ _BUILDS_OBJECTS = (
     pickle.BYTEARRAY8,
     pickle.NEXT_BUFFER,
     pickle.READONLY_BUFFER,
+    pickle.EMPTY_SET,
+    pickle.ADDITEMS,
+    pickle.FROZENSET,
+    pickle.DICT,
 )
 
 _DAMAGE = (
@@ -100,12 +105,53 @@ class _UnknownNameError(Exception):
     """The pickle names something that is no part of a table of tensors."""
 
 
+class _BoundedFile:
+    """Read from an open file at most what a header may hold, and never more than there is: ``read`` allocates first."""
+
+    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
+        self._file = file
+        self._num_bytes = num_bytes
+
+    def read(self, count: int) -> bytes:
+        if count > min(MAX_HEADER_BYTES, self._num_bytes - self._file.tell()):
+            raise EOFError(f"{count} bytes claimed")
+        return self._file.read(count)
+
+    def readline(self) -> bytes:
+        return self._file.readline(MAX_HEADER_BYTES)
+
+
 class _TableReader(pickle._Unpickler):
-    """Interpret a pickle's opcodes; the pure Python base, because the C one allocates by numbers in the file."""
+    """Interpret a pickle's opcodes; the pure Python base, because the C one allocates by numbers in the file.
+
+    Keys are strings: hashing tuples that share their parts takes time without end. State (BUILD) is dropped, and only
+    taken for a dict: set on anything else it would change this process. Messages show no object of the file.
+    """
 
     dispatch: ClassVar[dict[int, Any]] = {
         code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in _BUILDS_OBJECTS
     }
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def load_build(self) -> None:
+        self.stack.pop()
+        if type(self.stack[-1]) is not OrderedDict:
+            raise TypeError(f"state for a {type(self.stack[-1]).__name__}")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_text(key)] = value
+
+    def load_setitems(self) -> None:
+        items: list[Any] = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_text(key)] = value
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CALLABLES:
@@ -117,15 +163,23 @@ class _TableReader(pickle._Unpickler):
         raise _UnknownNameError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, element, key, _location, num_elements, *_view = pid
-        if kind != "storage" or not isinstance(element, ElementType) or not isinstance(key, str):
-            raise ValueError(f"persistent id {pid!r:.80}")
-        return _Storage(key, element, _natural(num_elements))
+        kind, element, key, _location, num_elements, *view = pid
+        if kind != "storage" or not isinstance(element, ElementType):
+            raise ValueError("a persistent id that is no storage")
+        if any(part is not None for part in view):
+            raise ValueError("a storage that is a view of another, as torch before 0.4 wrote them")
+        return _Storage(_text(key), element, _natural(num_elements))
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} where a number ≥ 0 belongs")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value if type(value) is int else type(value).__name__} where a size belongs")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"a {type(value).__name__} where a name belongs")
     return value
 
 
@@ -141,7 +195,7 @@ def _rebuild_typed_tensor(
 ) -> _Tensor:
     tensor = _rebuild_tensor(storage, offset, shape, strides)
     if not isinstance(dtype, ElementType):
-        raise TypeError(f"dtype {dtype!r:.40}")
+        raise TypeError(f"a {type(dtype).__name__} where a dtype belongs")
     return _Tensor(tensor.storage, dtype, tensor.storage_offset, tensor.shape, tensor.strides)
 
 
@@ -209,21 +263,29 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, tuple[int, int
     """Give the pickled object and, for each storage key, where its bytes begin and how many they are."""
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
+        if len(members) != len(archive.infolist()):
+            _refuse(path, found="a zip archive in which a member stands twice")
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             _refuse(path, found=f"a zip archive with {len(pickles)} data.pkl")
         top = pickles[0].removesuffix("data.pkl")
-        if top + "byteorder" in members and archive.read(top + "byteorder").strip() != b"little":
-            _refuse(path, found="big-endian data")
-        if members[pickles[0]].file_size > os.fstat(file.fileno()).st_size:
-            _refuse(path, found=f"a data.pkl that claims {members[pickles[0]].file_size} bytes")
-        content = _TableReader(io.BytesIO(archive.read(pickles[0]))).load()
+    if top + "byteorder" in members and _member(file, members[top + "byteorder"], path).strip() != b"little":
+        _refuse(path, found="big-endian data")
+    content = _TableReader(io.BytesIO(_member(file, members[pickles[0]], path))).load()
     places = {
         name.removeprefix(top + "data/"): (_data_start(file, info, path), info.file_size)
         for name, info in members.items()
         if name.startswith(top + "data/")
     }
     return content, places
+
+
+def _member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> bytes:
+    """Read a small member as it stands in the archive; nothing is decompressed."""
+    start = _data_start(file, info, path)
+    if info.file_size > min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size - start):
+        _refuse(path, found=f"a member {info.filename!r} that claims {info.file_size} bytes")
+    return os.pread(file.fileno(), info.file_size, start)
 
 
 def _data_start(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> int:
@@ -235,7 +297,8 @@ def _data_start(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> int:
 
 def _read_legacy(file: BinaryIO, path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     file.seek(0)
-    readers = [_TableReader(file) for _ in range(5)]
+    bounded = _BoundedFile(file, os.fstat(file.fileno()).st_size)
+    readers = [_TableReader(bounded) for _ in range(5)]
     if readers[0].load() != _LEGACY_MAGIC:
         _refuse(path, found="a pickle without torch's magic number")
     readers[1].load()
@@ -245,7 +308,7 @@ def _read_legacy(file: BinaryIO, path: Path) -> tuple[Any, dict[str, tuple[int, 
     elements = {tensor.storage.key: tensor.storage.element for _, tensor in _named(content, path)}
     places: dict[str, tuple[int, int]] = {}
     position = file.tell()
-    for key in keys:
+    for key in map(_text, keys):
         count = int.from_bytes(os.pread(file.fileno(), 8, position), "little")
         num_bytes = count * elements[key].bits // 8
         places[key] = (position + 8, num_bytes)
@@ -256,7 +319,7 @@ def _read_legacy(file: BinaryIO, path: Path) -> tuple[Any, dict[str, tuple[int, 
 def _named(content: Any, path: Path) -> list[tuple[str, _Tensor]]:
     if not isinstance(content, dict):
         _refuse(path, found=f"a pickled {type(content).__name__}")
-    others = [str(key) for key, value in content.items() if not isinstance(value, _Tensor) or not isinstance(key, str)]
+    others = [key for key, value in content.items() if not isinstance(value, _Tensor)]
     if others:
         raise CheckpointError(
             refusal(
@@ -275,6 +338,8 @@ def _spec(name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], pat
     start, storage_bytes = places[tensor.storage.key]
     item_bytes = tensor.element.bits // 8
     is_empty = 0 in tensor.shape
+    if tensor.element.bits * math.prod(size or 1 for size in tensor.shape) // 8 > file_bytes:
+        _refuse(path, tensor=name, found=f"shape {list(tensor.shape)!r:.80} on {storage_bytes} bytes of storage")
     span = 0 if is_empty else 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
     begin = tensor.storage_offset * item_bytes
     if begin + span * item_bytes > storage_bytes or start + storage_bytes > file_bytes:

@@ -6,6 +6,7 @@ Knows modules, not checkpoints. Thread rule: one thread.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,26 @@ def slots_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
         if held is not None and name not in module._non_persistent_buffers_set:
             own[f"{prefix}{name}"] = Slot(module, name, False)
     return own
+
+
+def remember(module: nn.Module, undo: ExitStack) -> None:
+    """Register on ``undo`` what puts every slot of a module back."""
+    parts = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    data = [(held, held.data) for held in (*module.parameters(), *module.buffers()) if not held.is_meta]
+
+    def restore() -> None:
+        for tensor, values in data:
+            tensor.data = values
+        for part, parameters, buffers in parts:
+            part._parameters.clear()
+            part._parameters.update(parameters)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+            if type(part).__setattr__ is not nn.Module.__setattr__:
+                for name, held in parameters.items():
+                    setattr(part, name, held)
+
+    undo.callback(restore)
 
 
 def require_no_meta(module: nn.Module, subject: str) -> None:
