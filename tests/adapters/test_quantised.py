@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lading
 
@@ -12,8 +13,8 @@ pytestmark = [
     pytest.mark.needs("bitsandbytes"),
     pytest.mark.filterwarnings("ignore"),  # bitsandbytes and torch warn about each other's releases
 ]
-EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
-FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+EIGHT_BITS = {"load_in_8bit": True}
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,11 @@ def plain(tmp_path_factory):
     path = tmp_path_factory.mktemp("plain")
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+def quantised(path, how):
+    config = transformers.BitsAndBytesConfig(**how)
+    return LlamaForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
 
 
 def logits(model):
@@ -46,7 +52,8 @@ def test_load_quantised_checkpoint_equals_from_pretrained(plain, tmp_path, quant
 
 
 def test_load_quantising_on_the_fly_equals_from_pretrained(plain):
-    expected = LlamaForCausalLM.from_pretrained(plain, quantization_config=EIGHT_BITS, device_map="cpu")
-    model = lading.load(plain, quantization_config=EIGHT_BITS, device_map="cpu")
+    expected = quantised(plain, EIGHT_BITS)
+    config = transformers.BitsAndBytesConfig(**EIGHT_BITS)
+    model = lading.load(plain, quantization_config=config, device_map="cpu")
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
     assert torch.equal(logits(model), logits(expected))
