@@ -586,7 +586,7 @@ def test_load_with_an_architecture_that_transformers_lacks_says_so(whole, tmp_pa
     with pytest.raises(CheckpointError) as caught:
         lading.load(directory)
     assert "found architecture 'LlamaForTeleportation' for a LlamaConfig" in str(caught.value)
-    assert "expected a class of transformers · pass model_class=" in str(caught.value)
+    assert "expected a model class of transformers · pass model_class=" in str(caught.value)
 
 
 def test_load_of_nothing_says_what_it_looked_for(tmp_path):

@@ -77,23 +77,21 @@ def find_class(config: PretrainedConfig, request: ModelRequest) -> type[Any]:
         found: type[Any] = get_class_from_dynamic_module(remote, request.directory_or_repo_id, **request.hub_kwargs)
         return found
     cls = getattr(transformers, name, None) if isinstance(asked, str) else asked
-    if cls is not None and hasattr(cls, "_model_mapping"):
+    if hasattr(cls, "_model_mapping"):
         cls = _from_auto_class(cls, config)
-    if cls is None:
-        found_in = "its own code" if remote is not None else f"transformers {transformers.__version__}"
-        raise CheckpointError(
-            refusal(
-                request.directory_or_repo_id,
-                found=f"architecture {name!r} for a {type(config).__name__}, which is in {found_in}"
-                if remote is not None
-                else f"architecture {name!r} for a {type(config).__name__}, which {found_in} does not have",
-                expected="a class of transformers",
-                way_out="pass trust_remote_code=True if you trust it"
-                if remote is not None
-                else "pass model_class=, or install the version that wrote it",
-            )
+    if isinstance(cls, type) and hasattr(cls, "from_pretrained"):
+        return cls
+    where, way_out = f"which transformers {transformers.__version__} does not have", "pass model_class="
+    if remote is not None:
+        where, way_out = "whose code stands in the repository", "pass trust_remote_code=True if you trust it"
+    raise CheckpointError(
+        refusal(
+            request.directory_or_repo_id,
+            found=f"architecture {name!r} for a {type(config).__name__}, {where}",
+            expected="a model class of transformers",
+            way_out=way_out,
         )
-    return cls
+    )
 
 
 def _remote_reference(config: PretrainedConfig, name: str) -> str | None:
@@ -140,7 +138,7 @@ def load_model(
     if info.get("error_msgs"):
         raise CheckpointError(f"{catalog.describe()}: {'; '.join(map(str, info['error_msgs']))}")
     _settle(missing, unexpected, model, catalog, request.strict)
-    if getattr(model, "hf_quantizer", None) is None:
+    if loader == "transformers" and getattr(model, "hf_quantizer", None) is None:
         _refuse_cast_kinds(model, catalog)
     require_no_meta(model, catalog.describe())
     mapped, copied = count_bytes(model, mappings)

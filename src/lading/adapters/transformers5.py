@@ -118,11 +118,10 @@ def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 def _bind_again(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give back the file's bytes where tying copied a bias only to pad it by nothing."""
     ties = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
-    for name, parameter in model.named_parameters():
-        tensor = tensors.get(name)
-        if tensor is None or parameter.data_ptr() == tensor.data_ptr() or name.endswith(".weight"):
-            continue
-        if name in ties and parameter.shape == tensor.shape and torch.equal(parameter, tensor):
+    for name in ties & set(tensors):
+        parameter, tensor = model.get_parameter_or_buffer(name), tensors[name]
+        is_copy = parameter.data_ptr() != tensor.data_ptr() and parameter.dim() == 1
+        if is_copy and parameter.shape == tensor.shape and torch.equal(parameter, tensor):
             parameter.data = tensor
 
 
