@@ -504,7 +504,7 @@ def test_load_with_a_model_class_of_every_spelling(bert, llama):
     for model_class in (AutoModelForCausalLM, "AutoModelForCausalLM", LlamaForCausalLM, None):
         assert type(lading.load(llama, model_class=model_class)) is LlamaForCausalLM
     with pytest.raises(
-        CheckpointError, match=r"found architecture 'NoSuchClass' for a LlamaConfig.*expected a model class of transformers"
+        CheckpointError, match=r"'NoSuchClass' for a LlamaConfig.*expected a model class of transformers"
     ):
         lading.load(llama, model_class="NoSuchClass")
     with pytest.raises(CheckpointError, match=r"AutoModelForVision2Seq|AutoModelForImageClassification"):
@@ -639,7 +639,7 @@ def test_load_without_trust_of_remote_modeling_code_alone_refuses(remote, tmp_pa
     del config["auto_map"]["AutoConfig"]
     (remote / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        CheckpointError, match=r"architecture 'TinyModel'.*code stands in the repository.*pass trust_remote_code=True if you trust it"
+        CheckpointError, match=r"'TinyModel'.*code stands in the repository.*pass trust_remote_code=True"
     ):
         lading.load(remote)
     assert not (tmp_path / "sentinel").exists()

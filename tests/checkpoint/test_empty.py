@@ -12,8 +12,8 @@ from handmade import bits
 from torch import nn
 
 import lading
-from lading.checkpoint.empty import NoInits, initialise, is_recipe
-from lading.checkpoint.slots import require_no_meta
+from lading.checkpoint.empty import MetaWithoutInits, initialise, is_recipe
+from lading.checkpoint.slots import settle_bytes
 from lading.errors import MissingTensorError
 from models import NETS, Plain, TiedParameters, ZerosAndOnes, build, example_input
 
@@ -200,21 +200,23 @@ def test_copying_an_empty_module_leaves_it_empty():
     assert real_parameters(net) == []
 
 
-def test_require_no_meta_names_what_is_left():
+def test_settle_bytes_names_what_is_left_on_meta():
     with lading.empty():
         net = nn.Linear(2, 2)
     with pytest.raises(MissingTensorError) as caught:
-        require_no_meta(net, "net.safetensors")
+        settle_bytes(net, {}, "net.safetensors")
     assert str(caught.value) == (
         "net.safetensors: found 'weight', 'bias' still on meta after loading · expected real tensors only · "
         "build the module inside `with lading.empty():`, which keeps its buffers real"
     )
-    require_no_meta(build(Plain), "x")
+    net = build(Plain)
+    assert settle_bytes(net, {}, "x") == (0, sum(held.nbytes for held in net.state_dict().values()))
 
 
-def test_no_inits_skips_meta_and_leaves_real_tensors_to_torch():
+def test_meta_without_inits_builds_on_meta_and_leaves_real_tensors_to_torch():
     meta, real = torch.empty(4, device="meta"), torch.zeros(4)
-    with NoInits():
+    with MetaWithoutInits():
+        assert {held.device.type for held in nn.BatchNorm1d(2).state_dict().values()} == {"meta"}
         assert nn.init.ones_(meta) is meta
         nn.init.ones_(real)
         nn.init.normal_(tensor=meta)

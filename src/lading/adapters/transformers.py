@@ -26,10 +26,10 @@ from transformers.utils import logging as transformers_logging
 from lading.adapters.model_request import ModelRequest, load_generation_config
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import is_plain_float, require_compatible, torch_dtype
-from lading.checkpoint.empty import NoInits, empty
+from lading.checkpoint.empty import empty
 from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.report import LoadReport
-from lading.checkpoint.slots import count_bytes, require_no_meta
+from lading.checkpoint.slots import settle_bytes
 from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
@@ -46,7 +46,7 @@ def read_config(request: ModelRequest) -> PretrainedConfig:
     """
     given = request.model_kwargs.get("config")
     if isinstance(given, PretrainedConfig):
-        return given
+        return copy.deepcopy(given)
     try:
         return AutoConfig.from_pretrained(
             request.directory_or_repo_id, trust_remote_code=request.trust_remote_code, **request.hub_kwargs
@@ -140,8 +140,7 @@ def load_model(
     _settle(missing, unexpected, model, catalog, request.strict)
     if loader == "transformers" and getattr(model, "hf_quantizer", None) is None:
         _refuse_cast_kinds(model, catalog)
-    require_no_meta(model, catalog.describe())
-    mapped, copied = count_bytes(model, mappings)
+    mapped, copied = settle_bytes(model, mappings, catalog.describe())
     return model, LoadReport(
         num_tensors=len(catalog) - len(unexpected),
         mapped_bytes=mapped,
@@ -185,7 +184,7 @@ def _is_quantised(config: PretrainedConfig, request: ModelRequest) -> bool:
 
 def _skeleton(cls: Any, config: PretrainedConfig) -> Any:
     """Build a model without weights, to ask it for the element types that it declares."""
-    with empty(), NoInits():
+    with empty():
         return cls(copy.deepcopy(config))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -27,7 +27,8 @@ from transformers.core_model_loading import WeightConverter, WeightTransform, re
 from transformers.utils import ContextManagers
 
 from lading.adapters.model_request import ModelRequest, load_generation_config
-from lading.checkpoint.empty import NoInits
+from lading.checkpoint.empty import MetaWithoutInits
+from lading.checkpoint.slots import Slot
 
 _LOG = logging.getLogger(__name__)
 _KNOWN_KWARGS = {"config", "attn_implementation"}
@@ -43,18 +44,20 @@ def load_directly(
     """
     if not _is_plain(cls, request, config):
         return None
-    config = copy.deepcopy(config)
     if "attn_implementation" in request.model_kwargs:
         config._attn_implementation = request.model_kwargs["attn_implementation"]
     config, dtype = modeling_utils._get_dtype(request.dtype, None, config, None, dict(tensors), True, None)
     config.name_or_path = request.directory_or_repo_id
-    with ContextManagers([*cls.get_init_context(dtype, False, False, None), NoInits()]):
+    contexts = cls.get_init_context(dtype, False, False, None)
+    contexts = [MetaWithoutInits() if isinstance(each, torch.device) else each for each in contexts]
+    with ContextManagers(contexts):
         model = cls(copy.deepcopy(config))
         modeling_utils.patch_output_recorders(model)
     state = model.state_dict()
-    if not _fits(model, state, tensors, dtype) or _may_convert(model):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not _fits(model, state, tensors, dtype) or _may_convert(modules.values()):
         return None
-    _assign(model, tensors)
+    _assign(modules, tensors)
     load_config = modeling_utils.LoadStateDictConfig(
         pretrained_model_name_or_path=request.directory_or_repo_id, dtype=dtype
     )
@@ -103,16 +106,30 @@ def _fits(
     )
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _assign(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put each tensor in its place, marked as transformers marks what it need not draw."""
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
-        owner = modules[path]
-        bound = tensor
-        if attribute not in owner._buffers:
-            bound = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        bound._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers draws it anew
-        setattr(owner, attribute, bound)
+        slot = Slot(modules[path], attribute, is_parameter=attribute not in modules[path]._buffers)
+        bound = nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if slot.is_parameter else tensor
+        bound._is_hf_initialized = True  # type: ignore[attr-defined]
+        slot.put(bound)
+    for module in modules.values():
+        if _needs_no_drawing(module):
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _needs_no_drawing(module: nn.Module) -> bool:
+    """Say whether transformers' initialisation would visit a module in vain: a leaf, complete, without buffers.
+
+    Not embeddings: some models clear the padding row of a loaded one here, and so do we.
+    """
+    if module._modules or module._buffers or isinstance(module, nn.Embedding):
+        return False
+    held = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if not held:
+        return type(module).__module__.startswith("torch.nn.modules.")
+    return not any(parameter.is_meta for parameter in held)
 
 
 def _bind_again(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -125,12 +142,12 @@ def _bind_again(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.data = tensor
 
 
-def _may_convert(model: nn.Module) -> bool:
+def _may_convert(modules: Iterable[nn.Module]) -> bool:
     """Say whether transformers may compute some of this model's tensors from others of the same name.
 
     Pure renames cannot matter here: every name is the model's own already.
     """
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    parts = [part for part in modules if isinstance(part, PreTrainedModel)]
     identifiers = {type(part).__name__ for part in parts} | {str(part.config.model_type) for part in parts}
     converted: frozenset[str] | None = None
     if conversion_mapping._checkpoint_conversion_mapping_cache is None:

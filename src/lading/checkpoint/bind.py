@@ -27,7 +27,7 @@ from lading.checkpoint.dtypes import is_plain_float, require_compatible
 from lading.checkpoint.empty import initialise, is_recipe
 from lading.checkpoint.mapping import ShardMapping, tensors_of
 from lading.checkpoint.report import LoadReport
-from lading.checkpoint.slots import Slot, count_bytes, remember, require_no_meta, slots_of
+from lading.checkpoint.slots import Slot, remember, settle_bytes, slots_of
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 from lading.names import Rename, nearest, renamed
 
@@ -98,9 +98,8 @@ def bind(
         _initialise(filling)
         _call_post_hooks(module, _IncompatibleKeys(filling.missing, filling.unexpected), set())
         _settle(filling)
-        require_no_meta(module, catalog.describe())
+        mapped, copied = settle_bytes(module, mappings, catalog.describe())
         undo.pop_all()
-    mapped, copied = count_bytes(module, mappings)
     return LoadReport(
         num_tensors=len(targets) - len(set(targets) & set(filling.unexpected)),
         mapped_bytes=mapped,

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -194,8 +195,14 @@ def _constant(value: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[A
     return torch.clone, (value.clone(),)
 
 
-class NoInits(TorchFunctionMode):
-    """Skip every ``torch.nn.init`` call on a tensor without data: a no-op that costs as much as building the module."""
+class MetaWithoutInits(DeviceContext):
+    """Make all new tensors on meta, as ``torch.device("meta")`` does, and skip every ``torch.nn.init`` call on one.
+
+    Such a call does nothing, and all of them together take as long as building the module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("meta")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,7 +211,7 @@ class NoInits(TorchFunctionMode):
             target = args[0] if args else (kwargs or {})["tensor"]
             if target.is_meta:
                 return target
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

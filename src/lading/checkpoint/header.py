@@ -144,11 +144,11 @@ def _read_text(descriptor: int, path: Path, file_bytes: int) -> bytes:
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object, refusing a key that stands twice (json itself keeps the last one silently)."""
-    built: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in built:
-            raise ValueError(f"the key {key!r:.80} twice")
-        built[key] = value
+    built = dict(pairs)
+    if len(built) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r:.80} twice")
     return built
 
 
@@ -160,7 +160,8 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique_pairs)
-        json.dumps(parsed, ensure_ascii=False).encode("utf-8")  # an escape may spell half a character
+        if b"\\u" in data:  # an escape may spell half a character
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"text that is not UTF-8 (byte {error.start})") from error
     except UnicodeEncodeError as error:

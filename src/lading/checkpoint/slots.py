@@ -71,13 +71,26 @@ def remember(module: nn.Module, undo: ExitStack) -> None:
     undo.callback(restore)
 
 
-def require_no_meta(module: nn.Module, subject: str) -> None:
-    """Refuse a module that still has a parameter or buffer without data.
+def settle_bytes(module: nn.Module, mappings: Mapping[Path, ShardMapping], subject: str) -> tuple[int, int]:
+    """Refuse a module with a tensor that has no data; count the bytes of one that is whole.
+
+    Returns:
+        Storage bytes that are views of the mapped files, and those that are not; shared ones once.
 
     Raises:
-        MissingTensorError: naming those on meta.
+        MissingTensorError: naming the parameters and buffers on meta.
     """
-    empty = [name for name, held in _all_tensors(module) if held.is_meta]
+    empty: list[str] = []
+    storages: dict[int, int] = {}
+    for path, part in module.named_modules():
+        for name, held in (*part._parameters.items(), *part._buffers.items()):
+            if held is None:
+                continue
+            if held.is_meta:
+                empty.append(f"{path}.{name}" if path else name)
+            elif held.numel() and _has_storage(held):
+                storage = held.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     if empty:
         raise MissingTensorError(
             refusal(
@@ -87,23 +100,11 @@ def require_no_meta(module: nn.Module, subject: str) -> None:
                 way_out="build the module inside `with lading.empty():`, which keeps its buffers real",
             )
         )
-
-
-def _all_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [
-        (f"{path}.{name}" if path else name, held)
-        for path, part in module.named_modules()
-        for name, held in (*part._parameters.items(), *part._buffers.items())
-        if held is not None
-    ]
-
-
-def count_bytes(module: nn.Module, mappings: Mapping[Path, ShardMapping]) -> tuple[int, int]:
-    """Count a module's storage bytes that are views of mapped files, and those that are not; shared ones once."""
     spans = [(mapping.address, mapping.address + len(mapping.buffer)) for mapping in mappings.values()]
-    storages: dict[int, int] = {}
-    for _, held in _all_tensors(module):
-        if type(held.data) is torch.Tensor and held.numel():
-            storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
     mapped = sum(size for start, size in storages.items() if any(low <= start < high for low, high in spans))
     return mapped, sum(storages.values()) - mapped
+
+
+def _has_storage(held: torch.Tensor) -> bool:
+    """Say whether a tensor is plain memory: a quantizer's subclass may hold its data elsewhere."""
+    return type(held) in (nn.Parameter, torch.Tensor) or type(held.data) is torch.Tensor
