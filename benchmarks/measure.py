@@ -143,26 +143,28 @@ def resident_share(path: Path) -> float:
     return sum(page & 1 for page in bytes(pages)) / len(pages)
 
 
-def evict(paths: list[Path]) -> None:
-    """Drop files from the page cache and prove it.
+def evict(paths: list[Path], patience_s: float = 5) -> None:
+    """Drop files from the page cache and prove it; tries again while reads of a process that ended are under way.
 
     Raises:
         EvictionError: pages stay, because the file system lives in memory or another process maps the file.
     """
     for path in paths:
-        for _ in range(5):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-            share = resident_share(path)
-            if share <= _MAX_RESIDENT_SHARE:
-                break
+        end_s = time.monotonic() + patience_s
+        while (share := _drop(path)) > _MAX_RESIDENT_SHARE:
+            if time.monotonic() > end_s:
+                raise EvictionError(f"{path.name}: {share:.0%} of its pages stay in the page cache after eviction")
             time.sleep(0.05)
-        else:
-            raise EvictionError(f"{path.name}: {share:.0%} of its pages stay in the page cache after eviction")
+
+
+def _drop(path: Path) -> float:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return resident_share(path)
 
 
 def warm_up(paths: list[Path]) -> None:

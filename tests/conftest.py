@@ -42,6 +42,12 @@ def _missing(packages: tuple[str, ...]) -> list[str]:
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_configure(config):
     """Say what the markers of this file mean, since --strict-markers is on."""
     config.addinivalue_line("markers", "transformers5: runs in the environment with transformers 5")
@@ -53,6 +59,8 @@ def pytest_report_header():
     lines = [f"transformers {version('transformers')}, torch {version('torch')}, offline"]
     other = "transformers5" if _transformers_major() < 5 else "transformers4"
     lines.append(f"deselected: tests marked {other} (the other environment runs them)")
+    if not _has_gpu():
+        lines.append("deselected: tests marked gpu (no CUDA device here)")
     lines.extend(f"deselected: tests marked needs({package!r}) (not installed here)" for package in _missing(_OPTIONAL))
     return lines
 
@@ -64,6 +72,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         needed = tuple(package for mark in item.iter_markers("needs") for package in mark.args)
         is_out = item.get_closest_marker(other) is not None or _missing(needed)
+        is_out = is_out or (item.get_closest_marker("gpu") is not None and not _has_gpu())
         (deselected if is_out else selected).append(item)
     items[:] = selected
     if deselected:
