@@ -46,7 +46,7 @@ def read_config(request: ModelRequest) -> PretrainedConfig:
     """
     given = request.model_kwargs.get("config")
     if isinstance(given, PretrainedConfig):
-        return copy.deepcopy(given)
+        return given
     try:
         return AutoConfig.from_pretrained(
             request.directory_or_repo_id, trust_remote_code=request.trust_remote_code, **request.hub_kwargs

@@ -44,6 +44,7 @@ def load_directly(
     """
     if not _is_plain(cls, request, config):
         return None
+    config = copy.deepcopy(config)  # the model's own from here on
     if "attn_implementation" in request.model_kwargs:
         config._attn_implementation = request.model_kwargs["attn_implementation"]
     config, dtype = modeling_utils._get_dtype(request.dtype, None, config, None, dict(tensors), True, None)
@@ -51,7 +52,7 @@ def load_directly(
     contexts = cls.get_init_context(dtype, False, False, None)
     contexts = [MetaWithoutInits() if isinstance(each, torch.device) else each for each in contexts]
     with ContextManagers(contexts):
-        model = cls(copy.deepcopy(config))
+        model = cls(config)
         modeling_utils.patch_output_recorders(model)
     state = model.state_dict()
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -10,7 +10,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lading.adapters.deepspeed import refuse_zero_init
 from lading.adapters.model_request import ModelRequest
@@ -132,7 +131,7 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     if readahead and not copy:
         start_readahead(catalog, mappings)
     config = read_config(request)
-    tensors = tensors_of(catalog, mappings, copy=copy, progress=_progress)
+    tensors = tensors_of(catalog, mappings, copy=copy)
     model, report = load_model(request, config, catalog, mappings, tensors)
     if guard and not copy:
         _guard(model, catalog)
@@ -195,10 +194,6 @@ def load_into(  # noqa: PLR0913 - as for load
     if guard and not copy:
         _guard(module, catalog)
     return report
-
-
-def _progress(specs: Any) -> Any:
-    return tqdm(specs, desc="loading", unit="tensor", delay=1, disable=None, leave=False)
 
 
 def _guard(module: nn.Module, catalog: Catalog) -> None:

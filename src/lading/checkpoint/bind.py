@@ -11,16 +11,14 @@ Thread rule: one thread, and nobody else may use the module meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from tqdm import tqdm
 
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import is_plain_float, require_compatible
@@ -32,7 +30,6 @@ from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchErro
 from lading.names import Rename, nearest, renamed
 
 _LOG = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +51,8 @@ class _Filling:
     options: BindOptions
     state: dict[str, torch.Tensor]
     files: dict[str, Path]
+    parts: list[tuple[str, nn.Module, dict[str, Slot]]] = field(default_factory=list)
+    """Each module once, parents first: its prefix, itself, its own slots."""
     slots: dict[str, Slot] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     """Name → all names of the same tensor, where there is more than one."""
@@ -63,6 +62,7 @@ class _Filling:
     """Prefixes of the modules that load themselves."""
 
     def file_of(self, name: str) -> str:
+        """Name the shard of a tensor, for a message."""
         path = self.files.get(name)
         return self.catalog.describe() if path is None else str(path)
 
@@ -79,7 +79,7 @@ def bind(
         CheckpointError: unexpected names (strict), element types that cannot stand for each other, ambiguous names.
     """
     targets = _target_names(catalog, options.rename)
-    tensors = tensors_of(catalog, mappings, copy=options.copy, progress=_progress)
+    tensors = tensors_of(catalog, mappings, copy=options.copy)
     filling = _Filling(
         module=module,
         catalog=catalog,
@@ -91,7 +91,7 @@ def bind(
     _spread_over_ties(filling)
     _refuse_wrong_shapes(filling)
     with ExitStack() as undo:
-        remember(module, undo)
+        remember([part for _, part, _ in filling.parts], undo)
         _fill(filling)
         _tie(filling)
         _find_unexpected(filling)
@@ -107,11 +107,6 @@ def bind(
         missing=tuple(filling.missing),
         unexpected=tuple(filling.unexpected),
     )
-
-
-def _progress(items: Iterable[_Item]) -> Iterable[_Item]:
-    listed: Iterable[_Item] = tqdm(items, desc="loading", unit="tensor", delay=1, disable=None, leave=False)
-    return listed
 
 
 def _target_names(catalog: Catalog, rename: Rename | None) -> dict[str, str]:
@@ -134,9 +129,15 @@ def _target_names(catalog: Catalog, rename: Rename | None) -> dict[str, str]:
 
 def _find_slots(filling: _Filling) -> None:
     names: dict[int, list[str]] = {}
-    for prefix, module in filling.module.named_modules(remove_duplicate=False):
-        for name, slot in slots_of(module, f"{prefix}." if prefix else "").items():
-            filling.slots[name] = slot
+    seen: set[nn.Module] = set()
+    for path, module in filling.module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        own = slots_of(module, prefix)
+        if module not in seen:
+            seen.add(module)
+            filling.parts.append((prefix, module, own))
+        filling.slots.update(own)
+        for name, slot in own.items():
             names.setdefault(id(slot.get()), []).append(name)
     filling.groups = {name: group for group in names.values() if len(group) > 1 for name in group}
 
@@ -182,7 +183,7 @@ def _refuse_wrong_shapes(filling: _Filling) -> None:
 
     Not where a hook may rename first, nor in a module that loads itself: those are looked at when they have.
     """
-    if any(part._load_state_dict_pre_hooks for part in filling.module.modules()):
+    if any(module._load_state_dict_pre_hooks for _, module, _ in filling.parts):
         return
     refused = [
         _shape_refusal(filling, name, slot.get())
@@ -195,7 +196,8 @@ def _refuse_wrong_shapes(filling: _Filling) -> None:
 
 
 def _has_shape(tensor: torch.Tensor, held: torch.Tensor) -> bool:
-    return isinstance(held, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.shape == held.shape
+    is_lazy = type(held) is not nn.Parameter and isinstance(held, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    return is_lazy or tensor.shape == held.shape
 
 
 def _shape_refusal(filling: _Filling, name: str, held: torch.Tensor) -> str:
@@ -209,9 +211,7 @@ def _shape_refusal(filling: _Filling, name: str, held: torch.Tensor) -> str:
 
 
 def _fill(filling: _Filling) -> None:
-    for path, module in filling.module.named_modules():
-        prefix = f"{path}." if path else ""
-        own = slots_of(module, prefix)
+    for prefix, module, own in filling.parts:
         if _loads_itself(module):
             _let_load(filling, module, prefix, own)
             continue
@@ -222,11 +222,12 @@ def _fill(filling: _Filling) -> None:
             if not _has_shape(filling.state[name], slot.get()):
                 raise ShapeMismatchError(_shape_refusal(filling, name, slot.get()))
             _require_kind(filling, name, slot.get(), filling.state[name])
-            _replace(slot, _cast(filling, name, slot.get()), filling.file_of(name), name)
+            _replace(filling, name, slot, _cast(filling, name, slot.get()))
 
 
 def _require_kind(filling: _Filling, name: str, held: torch.Tensor, tensor: torch.Tensor) -> None:
-    require_compatible(tensor.dtype, held.dtype, f"{filling.file_of(name)}, tensor {name!r}")
+    if tensor.dtype != held.dtype:
+        require_compatible(tensor.dtype, held.dtype, f"{filling.file_of(name)}, tensor {name!r}")
 
 
 def _cast(filling: _Filling, name: str, held: torch.Tensor) -> torch.Tensor:
@@ -276,7 +277,7 @@ def _let_load(filling: _Filling, module: nn.Module, prefix: str, own: Mapping[st
     filling.trusted.append(prefix)
 
 
-def _replace(slot: Slot, tensor: torch.Tensor, file: str, name: str) -> None:
+def _replace(filling: _Filling, name: str, slot: Slot, tensor: torch.Tensor) -> None:
     held = slot.get()
     if not held.is_meta:
         held.data = tensor.to(held.device)
@@ -285,7 +286,7 @@ def _replace(slot: Slot, tensor: torch.Tensor, file: str, name: str) -> None:
     elif type(held) is not nn.Parameter:
         raise CheckpointError(
             refusal(
-                f"{file}, tensor {name!r}",
+                f"{filling.file_of(name)}, tensor {name!r}",
                 found=f"a parameter of type {type(held).__name__} in the module",
                 expected="torch.nn.Parameter, whose making is known",
                 way_out="give its module a _load_from_state_dict, or build it outside lading.empty()",

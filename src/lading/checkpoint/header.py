@@ -29,6 +29,7 @@ from lading.errors import CorruptShardError, name_list, refusal
 
 MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _AGAIN = "download or save the file again"
 
 
@@ -197,7 +198,7 @@ def _natural(value: Any) -> bool:
 
 
 def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         _refuse(path, tensor=name, found=f"{entry!r:.80}", expected="an object of dtype, shape and data_offsets")
     element = ELEMENT_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if element is None:

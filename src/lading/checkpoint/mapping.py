@@ -13,21 +13,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lading import compat
 from lading.checkpoint.catalog import Catalog, FileIdentity, Shard, TensorSpec
 from lading.checkpoint.dtypes import torch_dtype
 from lading.checkpoint.header import identity_of, open_regular
 from lading.errors import CorruptShardError, refusal
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class ShardMapping:
@@ -160,11 +157,7 @@ def _buffer_like(spec: TensorSpec) -> torch.Tensor:
 
 
 def tensors_of(
-    catalog: Catalog,
-    mappings: Mapping[Path, ShardMapping],
-    *,
-    copy: bool = False,
-    progress: Callable[[Iterable[TensorSpec]], Iterable[TensorSpec]] = iter,
+    catalog: Catalog, mappings: Mapping[Path, ShardMapping], *, copy: bool = False
 ) -> dict[str, torch.Tensor]:
     """Make every tensor of a checkpoint, in file order.
 
@@ -172,23 +165,30 @@ def tensors_of(
         catalog: what to make.
         mappings: its shards' mappings.
         copy: read the bytes into memory of their own, immune to later changes of the file, instead of viewing them.
-        progress: wraps the iteration, for a progress bar; called once per shard.
+            That takes a while: a progress bar shows it on a terminal.
     """
     if not copy:
         return {
             name: mappings[shard.path].tensor(spec) for shard in catalog.shards for name, spec in shard.tensors.items()
         }
     tensors: dict[str, torch.Tensor] = {}
-    for shard in catalog.shards:
-        descriptor = open_regular(shard.path)
-        try:
-            check_unchanged(identity_of(descriptor), shard.identity, shard.path)
-            shared: dict[object, torch.Tensor] = {}  # tied names of a pickled shard stand on the same bytes
-            for spec in progress(shard.tensors.values()):
-                place = (spec.offset, spec.num_bytes, spec.element, spec.shape, spec.strides)
-                if spec.num_bytes == 0 or place not in shared:
-                    shared[place] = read_tensor(shard, descriptor, spec)
-                tensors[spec.name] = shared[place]
-        finally:
-            os.close(descriptor)
+    with tqdm(total=len(catalog), desc="loading", unit="tensor", delay=1, disable=None, leave=False) as bar:
+        for shard in catalog.shards:
+            for name, tensor in _read_shard(shard):
+                tensors[name] = tensor
+                bar.update()
     return tensors
+
+
+def _read_shard(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+    descriptor = open_regular(shard.path)
+    try:
+        check_unchanged(identity_of(descriptor), shard.identity, shard.path)
+        shared: dict[object, torch.Tensor] = {}  # tied names of a pickled shard stand on the same bytes
+        for spec in shard.tensors.values():
+            place = (spec.offset, spec.num_bytes, spec.element, spec.shape, spec.strides)
+            if spec.num_bytes == 0 or place not in shared:
+                shared[place] = read_tensor(shard, descriptor, spec)
+            yield spec.name, shared[place]
+    finally:
+        os.close(descriptor)

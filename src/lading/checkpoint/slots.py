@@ -5,7 +5,7 @@ Knows modules, not checkpoints. Thread rule: one thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +51,15 @@ def slots_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
     return own
 
 
-def remember(module: nn.Module, undo: ExitStack) -> None:
-    """Register on ``undo`` what puts every slot of a module back."""
-    parts = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-    data = [(held, held.data) for held in (*module.parameters(), *module.buffers()) if not held.is_meta]
+def remember(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Register on ``undo`` what puts every slot of these modules back."""
+    parts = [(part, dict(part._parameters), dict(part._buffers)) for part in modules]
+    data = [
+        (held, held.data)
+        for _, parameters, buffers in parts
+        for held in (*parameters.values(), *buffers.values())
+        if held is not None and not held.is_meta
+    ]
 
     def restore() -> None:
         for tensor, values in data:
