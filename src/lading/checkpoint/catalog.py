@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from lading.checkpoint.dtypes import ElementType
 from lading.errors import CheckpointError, name_list
@@ -25,9 +26,8 @@ class FileIdentity:
     modified_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """Say where one tensor's bytes stand. Immutable."""
+class TensorSpec(NamedTuple):
+    """Say where one tensor's bytes stand. Immutable; a tuple, because a checkpoint has thousands."""
 
     name: str
     element: ElementType

@@ -68,19 +68,15 @@ class ShardMapping:
             A tensor of the spec's dtype and shape with a storage of its own size. 4-bit elements, two to a byte, make
             a last dimension of half the length (torch's packed dtypes).
         """
-        dtype = torch_dtype(spec.element)
-        shape = packed_shape(spec)
+        bits, dtype = spec.element.bits, torch_dtype(spec.element)
+        shape = packed_shape(spec) if bits < 8 else spec.shape
         if spec.num_bytes == 0:
             return torch.empty(shape, dtype=dtype)
-        if is_misaligned(spec):
+        if bits < 8 or is_misaligned(spec):  # torch.frombuffer does not know the small types
             raw = torch.frombuffer(self.buffer, dtype=torch.uint8, count=spec.num_bytes, offset=spec.offset)
-            flat = raw.clone().view(dtype)
-        elif spec.element.bits < 8:  # torch.frombuffer does not know these types
-            raw = torch.frombuffer(self.buffer, dtype=torch.uint8, count=spec.num_bytes, offset=spec.offset)
-            flat = raw.view(dtype)
+            flat = (raw.clone() if is_misaligned(spec) else raw).view(dtype)
         else:
-            count = spec.num_bytes // spec.element.alignment_bytes
-            flat = torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=spec.offset)
+            flat = torch.frombuffer(self.buffer, dtype=dtype, count=spec.num_bytes * 8 // bits, offset=spec.offset)
         return flat.view(shape) if spec.strides is None else flat.as_strided(shape, spec.strides)
 
 
