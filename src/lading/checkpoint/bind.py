@@ -96,7 +96,8 @@ def bind(
         _tie(filling)
         _find_unexpected(filling)
         _initialise(filling)
-        _call_post_hooks(module, _IncompatibleKeys(filling.missing, filling.unexpected), set())
+        if any(part._load_state_dict_post_hooks for _, part, _ in filling.parts):
+            _call_post_hooks(module, _IncompatibleKeys(filling.missing, filling.unexpected), set())
         _settle(filling)
         mapped, copied = settle_bytes(module, mappings, catalog.describe())
         undo.pop_all()
