@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,10 @@ def load_generation_config(model: Any, request: ModelRequest) -> None:
         model.generation_config = GenerationConfig.from_pretrained(place, **hub)
     except OSError:
         _LOG.info("%s has no generation_config.json: its model configuration speaks for it", place)
+    if not hasattr(model, "load_custom_generate"):  # it can generate in a way of its own, like SpeechT5
+        return
+    try:
+        code = model.load_custom_generate(place, trust_remote_code=request.trust_remote_code, **hub)
+    except OSError:
+        return  # the repository brings none, as nearly all
+    model.generate = partial(code, model=model)

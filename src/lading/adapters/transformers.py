@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from lading.checkpoint.dtypes import is_plain_float, require_compatible, torch_d
 from lading.checkpoint.empty import empty
 from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.report import LoadReport
-from lading.checkpoint.slots import settle_bytes
+from lading.checkpoint.slots import settle_bytes, shape_refusal
 from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
@@ -215,8 +216,6 @@ def _load_through_transformers(
 @contextmanager
 def _quiet_unless_terminal() -> Iterator[None]:
     """Keep transformers' progress bar off where nobody watches."""
-    import sys
-
     was_active = transformers_logging.is_progress_bar_enabled()
     if was_active and not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -241,12 +240,7 @@ def _refuse_mismatched(mismatched: Iterable[Any], model: Any, catalog: Catalog) 
         return
     rows.sort()
     listed = [
-        refusal(
-            f"{_file_of(name, catalog)}, tensor {name!r}",
-            found=f"shape {found}",
-            expected=f"shape {expected}",
-            way_out="it is transposed" if found == expected[::-1] else "use the checkpoint's own configuration",
-        )
+        shape_refusal(f"{_file_of(name, catalog)}, tensor {name!r}", found, expected)
         for name, found, expected in rows[:10]
     ]
     raise ShapeMismatchError("; ".join(listed) + (f" … ({len(rows)} in all)" if len(rows) > 10 else ""))

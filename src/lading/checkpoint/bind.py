@@ -25,7 +25,7 @@ from lading.checkpoint.dtypes import is_plain_float, require_compatible
 from lading.checkpoint.empty import initialise, is_recipe
 from lading.checkpoint.mapping import ShardMapping, tensors_of
 from lading.checkpoint.report import LoadReport
-from lading.checkpoint.slots import Slot, remember, settle_bytes, slots_of
+from lading.checkpoint.slots import Slot, remember, settle_bytes, shape_refusal, slots_of
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 from lading.names import Rename, nearest, renamed
 
@@ -202,13 +202,7 @@ def _has_shape(tensor: torch.Tensor, held: torch.Tensor) -> bool:
 
 
 def _shape_refusal(filling: _Filling, name: str, held: torch.Tensor) -> str:
-    found, expected = list(filling.state[name].shape), list(held.shape)
-    return refusal(
-        f"{filling.file_of(name)}, tensor {name!r}",
-        found=f"shape {found}",
-        expected=f"shape {expected}",
-        way_out="it is transposed" if found == expected[::-1] else "use the checkpoint's own configuration",
-    )
+    return shape_refusal(f"{filling.file_of(name)}, tensor {name!r}", filling.state[name].shape, held.shape)
 
 
 def _fill(filling: _Filling) -> None:

@@ -5,7 +5,7 @@ Knows modules, not checkpoints. Thread rule: one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,16 @@ def remember(modules: Iterable[nn.Module], undo: ExitStack) -> None:
                     setattr(part, name, held)
 
     undo.callback(restore)
+
+
+def shape_refusal(subject: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    """Compose the message about a tensor of another shape than its place has."""
+    return refusal(
+        subject,
+        found=f"shape {list(found)}",
+        expected=f"shape {list(expected)}",
+        way_out="it is transposed" if list(found) == list(expected)[::-1] else "use the checkpoint's own configuration",
+    )
 
 
 def settle_bytes(module: nn.Module, mappings: Mapping[Path, ShardMapping], subject: str) -> tuple[int, int]:
