@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -17,3 +19,32 @@ def format_bytes(num_bytes: int) -> str:
             return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGTP", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: int | float | str) -> int:
+    """Read a number of bytes: an integer, or a text such as ``"10GiB"`` (2**30) or ``"10GB"`` (10**9), in any case.
+
+    Raises:
+        ValueError: it is no size, or it is negative.
+
+    >>> parse_bytes("1.5 GiB"), parse_bytes("2gb"), parse_bytes(7)
+    (1610612736, 2000000000, 7)
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        factor = _UNITS.get(match[2].upper().replace("IB", "iB")) if match else None
+        if match is None or factor is None:
+            raise ValueError(f"{size!r} is no size such as '10GiB', '500MB' or '4096'")
+        whole, _, fraction = match[1].partition(".")
+        return int(whole or 0) * factor + int(fraction or 0) * factor // int(10 ** len(fraction))
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 <= size < float("inf"):
+        raise ValueError(f"{size!r} is no number of bytes")
+    return int(size)

@@ -189,7 +189,7 @@ def load_into(  # noqa: PLR0913 - as for load
     mappings = map_catalog(catalog)
     if readahead and not copy:
         start_readahead(catalog, mappings)
-    options = BindOptions(rename=rename, dtype=_named_dtype(dtype), strict=strict, copy=copy)
+    options = BindOptions(rename=rename, dtype=named_dtype(dtype), strict=strict, copy=copy)
     report = bind(module, catalog, mappings, options)
     if guard and not copy:
         _guard(module, catalog)
@@ -200,7 +200,12 @@ def _guard(module: nn.Module, catalog: Catalog) -> None:
     module.register_forward_pre_hook(FileGuard(catalog.shards), prepend=True)
 
 
-def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """Find the element type that a text names; ``"auto"`` stays.
+
+    Raises:
+        TypeError: no element type has this name.
+    """
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
     named = getattr(torch, dtype.removeprefix("torch."), None)
@@ -214,7 +219,7 @@ def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
 def _one_dtype(dtype: Any, torch_dtype: torch.dtype | str | None) -> Any:
     """Settle the two names of one argument."""
     if torch_dtype is None:
-        return _named_dtype(dtype) if isinstance(dtype, str) else dtype
+        return named_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype not in ("auto", torch_dtype):
         raise TypeError(
             refusal(
@@ -224,7 +229,7 @@ def _one_dtype(dtype: Any, torch_dtype: torch.dtype | str | None) -> Any:
                 way_out="pass dtype",
             )
         )
-    return _named_dtype(torch_dtype)
+    return named_dtype(torch_dtype)
 
 
 def _one_device(device_map: Any) -> Any:

@@ -1,0 +1,7 @@
+"""Decide which block of a model rests where, prove how good that is, and say why.
+
+`ties` and `blocks` describe a module; `budget` what memory there is; `optimum`, `packing`, `anywhere` solve; `bound`
+and `minimum` prove; `planner` composes them into a `plan.Plan`. Pure functions over names and integers, but for
+`hardware` (what the machine has) and `trace` (a forward on fake tensors). This room reads no checkpoint and knows no
+library of models.
+"""

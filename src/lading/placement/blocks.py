@@ -1,0 +1,261 @@
+"""Cut a module into blocks: the smallest units that move whole. Every parameter and buffer belongs to exactly one.
+
+A block is a module of a class that must not be split; or a module that uses the weights of its children without calling
+them (attention and fast-path layers of torch, parametrised modules); or a module whose children hold no tensor; or the
+tensors that a split module holds itself. These last are pinned: no forward of their own tells when they are needed, so
+they rest where the model runs and are never streamed. Blocks that share a tensor, by identity, by storage or by
+declaration (`ties`), are one block, whose bytes are counted once.
+
+Knows sizes and names; reads no value, so that a module on meta is as good as a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lading.placement.ties import declared_ties
+
+_USES_ITS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_PLAIN = (nn.Parameter, torch.Tensor)
+_CASTABLE = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128))
+
+
+class Block(NamedTuple):
+    """One unit of placement. Immutable."""
+
+    name: str
+    """The first of ``keys``."""
+    keys: tuple[str, ...]
+    """Where it stands in a ``device_map``: module names, and the names of tensors that a split module holds itself."""
+    weight_bytes: int
+    """Its parameters, which leave the execution device between forwards when the block is streamed."""
+    buffer_bytes: int
+    """Its buffers, which stay on the execution device."""
+    pinned_bytes: int
+    """Tensors that a split module holds itself; they stay on the execution device too."""
+    is_lookup: bool
+    """An embedding table that shares its weight with nobody: rows can be gathered where it rests."""
+    class_name: str
+
+    @property
+    def total_bytes(self) -> int:
+        """Count everything."""
+        return self.weight_bytes + self.buffer_bytes + self.pinned_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRules:
+    """Say how a module is cut and what its tensors will weigh. Immutable."""
+
+    no_split_classes: frozenset[str] = frozenset()
+    dtype: torch.dtype | None = None
+    """What floating-point parameters and persistent buffers are cast to on loading; None for their own dtype."""
+    special_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """The same for single tensors by name, ahead of ``dtype``."""
+    special_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What single tensors by name will weigh, ahead of everything: quantised weights with their state."""
+
+
+class _Part(NamedTuple):
+    """What the walk finds before shared tensors join parts to blocks."""
+
+    keys: tuple[str, ...]
+    sizes: list[int]
+    """Bytes of parameters, of buffers."""
+    is_pinned: bool
+    is_lookup: bool
+    class_name: str
+
+
+def blocks_of(module: nn.Module, rules: BlockRules) -> tuple[Block, ...]:
+    """Cut a module into blocks, in the order of registration.
+
+    Tensors may be on any device or on meta. Nothing is changed. Any thread, while nobody alters the module.
+    """
+    walk = _Walk(rules, declared_ties(module))
+    walk.visit(module, "")
+    return walk.join()
+
+
+class _Walk:
+    """Collect the parts of one module tree, and who shares with whom. One thread."""
+
+    def __init__(self, rules: BlockRules, aliases: Mapping[int, int]) -> None:
+        self._rules = rules
+        self._aliases = aliases
+        self._parts: list[_Part] = []
+        self._owners: dict[int, tuple[int, int]] = {}  # a tensor's bytes -> (the part they are counted in, how many)
+        self._shares: list[tuple[int, int]] = []
+        self._weighs_by_name = bool(rules.special_dtypes or rules.special_bytes)
+
+    def visit(self, module: nn.Module, path: str) -> bool:
+        """Make parts of a module and what is below it; say whether it holds any tensor."""
+        if type(module).__name__ in self._rules.no_split_classes or _is_one(module):
+            return self._add_whole(module, path)
+        position = len(self._parts)
+        has_own = any(_own(module))
+        if has_own:
+            self._parts.append(None)  # type: ignore[arg-type] # its own tensors come before its children's
+        prefix = f"{path}." if path else ""
+        holds = [self.visit(child, prefix + name) for name, child in module._modules.items() if child is not None]
+        if has_own:
+            self._add_own(module, path, position, is_leaf=not any(holds))
+        return has_own or any(holds)
+
+    def _add_whole(self, module: nn.Module, path: str) -> bool:
+        position, sizes = len(self._parts), [0, 0]
+        holds = self._gather(module, path, position, sizes)
+        if holds:
+            self._parts.append(_Part((path,), sizes, False, False, type(module).__name__))
+        return holds
+
+    def _gather(self, module: nn.Module, path: str, position: int, sizes: list[int]) -> bool:
+        holds = self._count(module, path, position, sizes)
+        for name, child in module._modules.items():
+            if child is not None and self._gather(child, f"{path}.{name}" if path else name, position, sizes):
+                holds = True
+        return holds
+
+    def _add_own(self, module: nn.Module, path: str, position: int, *, is_leaf: bool) -> None:
+        sizes = [0, 0]
+        self._count(module, path, position, sizes)
+        prefix = f"{path}." if path else ""
+        keys = (path,) if is_leaf else tuple(prefix + name for name in _own(module))
+        is_lookup = is_leaf and isinstance(module, nn.Embedding) and module.max_norm is None
+        self._parts[position] = _Part(keys, sizes, not is_leaf, is_lookup, type(module).__name__)
+
+    def _count(self, module: nn.Module, path: str, position: int, sizes: list[int]) -> bool:
+        """Add a module's own tensors to a part's sizes; note which of them another part has already."""
+        holds = False
+        both: tuple[Mapping[str, torch.Tensor | None], ...] = (module._parameters, module._buffers)
+        for kind, tensors in enumerate(both):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                holds = True
+                num_bytes = self._weigh(module, path, name, tensor, kind)
+                identity = self._identify(tensor)
+                owner, counted = self._owners.get(identity, (position, 0))
+                if owner != position:
+                    self._shares.append((owner, position))
+                if num_bytes > counted:  # also where a view of the same storage was met first
+                    self._owners[identity] = owner, num_bytes
+                    (sizes if owner == position else self._parts[owner].sizes)[kind] += num_bytes - counted
+        return holds
+
+    def _identify(self, tensor: torch.Tensor) -> int:
+        if self._aliases:
+            alias = self._aliases.get(id(tensor))
+            if alias is not None:
+                return alias
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            return id(tensor)
+        try:
+            return -tensor.data_ptr() or id(tensor)  # negative: no id is
+        except RuntimeError:  # a subclass without storage, such as a fake tensor
+            return id(tensor)
+
+    def _weigh(self, module: nn.Module, path: str, name: str, tensor: torch.Tensor, kind: int) -> int:
+        rules = self._rules
+        dtype = rules.dtype
+        if self._weighs_by_name:
+            full_name = f"{path}.{name}" if path else name
+            if full_name in rules.special_bytes:
+                return rules.special_bytes[full_name]
+            special = rules.special_dtypes.get(full_name)
+            if special is not None:
+                return tensor.numel() * special.itemsize
+        if type(tensor) not in _PLAIN:
+            state = _state_bytes(tensor)
+            if state:
+                return tensor.nbytes + state
+        if dtype is None or tensor.dtype is dtype or tensor.dtype not in _CASTABLE:
+            return tensor.nbytes
+        if kind == 1 and name in module._non_persistent_buffers_set:
+            return tensor.nbytes  # not in a checkpoint, so not cast on loading
+        return tensor.numel() * dtype.itemsize
+
+    def join(self) -> tuple[Block, ...]:
+        """Join the parts that share tensors, each at the place of its first part."""
+        leaders = list(range(len(self._parts)))
+
+        def leader(position: int) -> int:
+            while leaders[position] != position:
+                position = leaders[position]
+            return position
+
+        for one, other in self._shares:
+            low, high = sorted((leader(one), leader(other)))
+            leaders[high] = low
+        shared: dict[int, list[_Part]] = {}
+        if self._shares:
+            for position, part in enumerate(self._parts):
+                shared.setdefault(leader(position), []).append(part)
+        return tuple(
+            _single(part) if len(shared.get(position, ())) < 2 else _joined(shared[position])
+            for position, part in enumerate(self._parts)
+            if leaders[position] == position
+        )
+
+
+def _own(module: nn.Module) -> list[str]:
+    parameters = [name for name, tensor in module._parameters.items() if tensor is not None]
+    return parameters + [name for name, tensor in module._buffers.items() if tensor is not None]
+
+
+def _is_one(module: nn.Module) -> bool:
+    return isinstance(module, _USES_ITS_CHILDREN) or "parametrizations" in module._modules
+
+
+def _single(part: _Part) -> Block:
+    weights, buffers = part.sizes
+    if part.is_pinned:
+        return Block(part.keys[0], part.keys, 0, 0, weights + buffers, False, part.class_name)
+    return Block(part.keys[0], part.keys, weights, buffers, 0, part.is_lookup, part.class_name)
+
+
+def _joined(parts: Sequence[_Part]) -> Block:
+    keys = tuple(key for part in parts for key in part.keys)
+    movable = [part for part in parts if not part.is_pinned]
+    if not movable:
+        return Block(keys[0], keys, 0, 0, sum(sum(part.sizes) for part in parts), False, parts[0].class_name)
+    weights = sum(part.sizes[0] for part in movable)
+    buffers = sum(part.sizes[1] for part in movable)
+    pinned = sum(sum(part.sizes) for part in parts if part.is_pinned)
+    return Block(keys[0], keys, weights, buffers, pinned, False, parts[0].class_name)
+
+
+def _state_bytes(holder: Any) -> int:
+    """Count what bitsandbytes keeps beside a quantised weight: row scales (``SCB``), or 4-bit scales, nested once."""
+    total = 0
+    for name in ("SCB", "quant_state", "state2"):
+        state = getattr(holder, name, None)
+        if isinstance(state, torch.Tensor):
+            total += state.nbytes
+        elif state is not None:
+            own = (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+            total += sum(tensor.nbytes for tensor in own) + _state_bytes(state)
+    return total
+
+
+def in_order(blocks: Sequence[Block], called: Collection[str]) -> tuple[Block, ...]:
+    """Sort blocks by when their modules are first called; those never called follow in their own order.
+
+    Args:
+        blocks: from `blocks_of`.
+        called: module names in the order of their first call, as a trace gives them.
+    """
+    first = {name: position for position, name in enumerate(called)}
+    last = len(first)
+
+    def when(block: Block) -> int:
+        is_own = not (block.weight_bytes or block.buffer_bytes)
+        names = [key.rpartition(".")[0] if is_own else key for key in block.keys]
+        return min(first.get(name, last) for name in names)
+
+    return tuple(sorted(blocks, key=when))

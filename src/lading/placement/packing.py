@@ -1,0 +1,72 @@
+"""Choose which of several sizes to keep in a limited room: sums of subsets, exactly where that is affordable.
+
+Blocks come in few sizes, so their sums do too; beyond `MOST_SUMS` different ones a greedy choice answers, which leaves
+less room unused than the smallest block left out. Pure functions over integers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+
+MOST_SUMS = 20_000
+
+
+def subset_sums(sizes: Sequence[int], limit: int) -> list[int] | None:
+    """List every sum up to a limit that some of the sizes have, ascending; None when there are too many."""
+    sums = {0}
+    for size, count in Counter(size for size in sizes if size).items():
+        sums = {total + times * size for total in sums for times in range(count + 1) if total + times * size <= limit}
+        if len(sums) > MOST_SUMS:
+            return None
+    return sorted(sums)
+
+
+def choose(sizes: Sequence[int], limit: int, least: int = 0) -> list[bool] | None:
+    """Choose sizes with the largest sum up to a limit; the earlier of two equal sizes first.
+
+    Args:
+        sizes: bytes of each block.
+        limit: the room.
+        least: the least sum that is of use.
+
+    Returns:
+        For each size whether it is chosen; None when no choice was found whose sum lies between least and limit.
+    """
+    if sum(sizes) <= limit:
+        return [True] * len(sizes)
+    if sum(sizes) < least or limit < 0:
+        return None
+    sums = subset_sums(sizes, limit)
+    target = sums[bisect_right(sums, limit) - 1] if sums else None
+    wanted = _largest_first(sizes, limit) if target is None else _with_sum(sizes, target)
+    left, chosen = Counter(wanted), []
+    for size in sizes:
+        chosen.append(size == 0 or left[size] > 0)
+        left[size] -= 1
+    return chosen if sum(wanted) >= least else None
+
+
+def _largest_first(sizes: Sequence[int], limit: int) -> list[int]:
+    chosen = []
+    for size in sorted(sizes, reverse=True):
+        if size <= limit:
+            chosen.append(size)
+            limit -= size
+    return chosen
+
+
+def _with_sum(sizes: Sequence[int], target: int) -> list[int]:
+    """Find sizes with this sum, which some have: one kind of size after the other."""
+    kinds = sorted(Counter(size for size in sizes if size).items())
+    reachable = [{0}]
+    for size, count in kinds:
+        before = reachable[-1]
+        reachable.append({t + n * size for t in before for n in range(count + 1) if t + n * size <= target})
+    chosen: list[int] = []
+    for (size, count), before in zip(reversed(kinds), reversed(reachable[:-1]), strict=True):
+        times = next(n for n in range(count, -1, -1) if target - n * size in before)
+        chosen += [size] * times
+        target -= times * size
+    return chosen

@@ -1,0 +1,88 @@
+"""Find the tensors that a module declares to be one, although they are not one object yet.
+
+A transformers model that was built but not tied says in ``_tied_weights_keys`` what ``tie_weights`` would do: in
+version 5 as a mapping of names (or patterns) to the name they take their values from, with ``all_tied_weights_keys``
+the same for the whole model; in version 4 as a list of names whose source is the input embedding. Tensors that are one
+object already, or share their storage, need no declaration: `blocks` sees that by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def declared_ties(module: nn.Module) -> dict[int, int]:
+    """Map the id of each tensor that is declared to be another one to the id of that one. Changes nothing."""
+    ties: dict[int, int] = {}
+    for one, other in _pairs(module):
+        if one is not None and other is not None and one is not other and one.shape == other.shape:
+            ties[id(one)] = id(other)
+    for target_id, source in list(ties.items()):  # a chain ends at the tensor that has values of its own
+        source_id, seen = source, {target_id}
+        while source_id in ties and source_id not in seen:
+            seen.add(source_id)
+            source_id = ties[source_id]
+        ties[target_id] = source_id
+    return {target_id: source_id for target_id, source_id in ties.items() if target_id != source_id}
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    expanded = getattr(module, "all_tied_weights_keys", None)
+    if isinstance(expanded, Mapping):
+        yield from ((find_tensor(module, target), find_tensor(module, source)) for target, source in expanded.items())
+        return
+    declared = getattr(module, "_tied_weights_keys", None)
+    if not declared or not _ties_are_wanted(module):
+        return
+    if isinstance(declared, Mapping):
+        yield from _by_patterns(module, declared)
+    else:
+        yield from _by_list(module, [str(name) for name in declared])
+
+
+def _ties_are_wanted(module: nn.Module) -> bool:
+    config: Any = getattr(module, "config", None)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    answers = [getattr(each, "tie_word_embeddings", None) for each in (config, text_config)]
+    return any(answers) or answers == [None, None]
+
+
+def _by_patterns(
+    module: nn.Module, declared: Mapping[str, str]
+) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    for target, source in declared.items():
+        sources = [name for name in tensors if name == source or re.fullmatch(source, name)]
+        targets = [name for name in tensors if name == target or re.fullmatch(target, name)]
+        if not sources:
+            continue
+        for position, name in enumerate(targets):  # one source for all, or one for each
+            yield tensors[name], tensors[sources[position % len(sources)]]
+
+
+def _by_list(module: nn.Module, names: list[str]) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    get_embeddings = getattr(module, "get_input_embeddings", None)
+    embedding = getattr(get_embeddings(), "weight", None) if get_embeddings else None
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    for listed in names:
+        for name, tensor in tensors.items():
+            if name != listed and not re.search(listed, name):
+                continue
+            bias = f"{name.removesuffix('decoder.bias')}bias"  # a head's bias that its decoder shows too
+            if name.endswith("decoder.bias") and bias in tensors:
+                yield tensor, tensors[bias]
+            elif tensor is not embedding:
+                yield tensor, embedding
+
+
+def find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """Find a parameter or buffer by its name; None when there is none."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, torch.Tensor) else None
