@@ -458,6 +458,15 @@ def test_load_with_dtype_none_does_as_from_pretrained(llama, tmp_path):
     assert_equal(lading.load(tmp_path, dtype=None), expected)
 
 
+def test_load_with_dtype_none_heeds_a_configuration_that_differs_from_the_file(llama, tmp_path):
+    reference(llama).to(torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    expected = LlamaForCausalLM.from_pretrained(tmp_path, dtype=None)
+    assert_equal(lading.load(tmp_path, dtype=None), expected)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu"), None], ids=repr)
 def test_load_with_the_cpu_as_device_map_copies_nothing(llama, device_map):
     model, report = lading.load(llama, device_map=device_map, output_loading_info=True)

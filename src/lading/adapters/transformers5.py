@@ -47,7 +47,7 @@ def load_directly(
     config = copy.deepcopy(config)  # the model's own from here on
     if "attn_implementation" in request.model_kwargs:
         config._attn_implementation = request.model_kwargs["attn_implementation"]
-    config, dtype = modeling_utils._get_dtype(request.dtype, None, config, None, dict(tensors), True, None)
+    config, dtype = modeling_utils._get_dtype(request.dtype or "auto", None, config, None, dict(tensors), True, None)
     config.name_or_path = request.directory_or_repo_id
     contexts = cls.get_init_context(dtype, False, False, None)
     contexts = [MetaWithoutInits() if isinstance(each, torch.device) else each for each in contexts]
