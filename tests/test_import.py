@@ -14,7 +14,8 @@ import pytest
 
 from lading import errors
 
-PUBLIC = {"load", "load_into", "empty", "Embedder", "VectorStore", "LoadReport"}
+PUBLIC = {"load", "load_into", "empty", "plan", "Embedder", "VectorStore", "LoadReport"}
+PUBLIC |= {"Plan", "PlanWarning", "Workload", "Bandwidths"}
 ERRORS = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
 
 # What a process is like, before and after; `gc` and `sys.path` stand for "no hook was left behind".
@@ -64,7 +65,9 @@ def test_import_loads_neither_torch_nor_what_is_heavy(module):
         "numpy",
         "safetensors",
         "huggingface_hub",
+        "highspy",
         "lance",
+        "matplotlib",
         "pyarrow",
         "accelerate",
         "tqdm",

@@ -38,10 +38,12 @@ ONLY_IN = {
         "adapters/",
     ),
     **dict.fromkeys(("lance", "pyarrow"), "embed/store.py"),
+    "highspy": "placement/anywhere.py",
+    "matplotlib": "placement/picture.py",
 }
 VERSION_QUESTIONS = ("sys.version", "sys.platform", "torch.version.", "platform.", "os.name")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
-MAX_LINES, MAX_TOTAL_LINES = 400, 8_000
+MAX_LINES, MAX_TOTAL_CODE_LINES = 400, 8_000
 
 
 def module_name(path: Path, source: Path) -> str:
@@ -113,6 +115,17 @@ def cycles(arrows: dict[str, set[str]]) -> Iterator[str]:
             yield from visit(module)
 
 
+def code_lines(path: Path) -> int:
+    """Count the lines that hold code; prose is free, or the limit would be kept by deleting explanations."""
+    text = path.read_text(encoding="utf-8")
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") and n not in prose for n, line in lines)
+
+
 def violations(source: Path) -> list[str]:
     """Find everything under a package's folder that breaks the shape of the house; an empty list is a clean house."""
     files = sorted(source.rglob("*.py"))
@@ -123,7 +136,7 @@ def violations(source: Path) -> list[str]:
     for path in files:
         where, module = path.relative_to(source).as_posix(), module_name(path, source)
         room, lines = room_of(module), len(path.read_text(encoding="utf-8").splitlines())
-        total += lines
+        total += code_lines(path)
         if lines > MAX_LINES:
             found.append(f"{where}: {lines} lines, at most {MAX_LINES}")
         if path.stem in VAGUE_NAMES:
@@ -147,8 +160,8 @@ def violations(source: Path) -> list[str]:
                 f"{where}:{line}: {asked}: version branches stand in compat.py"
                 for asked, line in version_branches(path)
             )
-    if total > MAX_TOTAL_LINES:
-        found.append(f"{total} lines in all, at most {MAX_TOTAL_LINES}")
+    if total > MAX_TOTAL_CODE_LINES:
+        found.append(f"{total} lines of code in all, at most {MAX_TOTAL_CODE_LINES}")
     return found + [f"cycle: {chain}" for chain in cycles(arrows)]
 
 
@@ -259,4 +272,4 @@ def test_layers_of_a_package_too_long_to_read_are_refused(tmp_path):
     files = {f"embed/part{index}.py": '"""Part."""\n' + "x = 1\n" * 390 for index in range(21)}
     found = violations(write_tree(tmp_path, {**CLEAN, **files}))
     assert len(found) == 1
-    assert "lines in all, at most 8000" in found[0]
+    assert "lines of code in all, at most 8000" in found[0]

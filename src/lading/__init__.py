@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lading.api.embedding import Embedder as Embedder
     from lading.api.loading import load as load
     from lading.api.loading import load_into as load_into
+    from lading.api.planning import plan as plan
     from lading.checkpoint.empty import empty as empty
     from lading.checkpoint.report import LoadReport as LoadReport
     from lading.embed.store import VectorStore as VectorStore
@@ -26,11 +27,20 @@ if TYPE_CHECKING:
     from lading.errors import PlanError as PlanError
     from lading.errors import ShapeMismatchError as ShapeMismatchError
     from lading.errors import StoreError as StoreError
+    from lading.placement.hardware import Bandwidths as Bandwidths
+    from lading.placement.plan import Plan as Plan
+    from lading.placement.plan import PlanWarning as PlanWarning
+    from lading.placement.workload import Workload as Workload
 
 _HOMES = {
     "load": "api.loading",
     "load_into": "api.loading",
     "empty": "checkpoint.empty",
+    "plan": "api.planning",
+    "Plan": "placement.plan",
+    "PlanWarning": "placement.plan",
+    "Workload": "placement.workload",
+    "Bandwidths": "placement.hardware",
     "Embedder": "api.embedding",
     "VectorStore": "embed.store",
     "LoadReport": "checkpoint.report",

@@ -21,7 +21,7 @@ def format_bytes(num_bytes: int) -> str:
     raise AssertionError("unreachable")
 
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS: dict[str, int] = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGTP", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))

@@ -35,7 +35,7 @@ from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
 _LOG = logging.getLogger(__name__)
-_ONE_BUILD = threading.RLock()
+ONE_BUILD = threading.RLock()
 """transformers patches torch and its own classes while it builds a model: two builds at once leave them patched."""
 
 
@@ -132,7 +132,7 @@ def load_model(
         CheckpointError: strict, and names are left over; or element types that cannot stand for each other.
     """
     cls = find_class(config, request)
-    with _ONE_BUILD:
+    with ONE_BUILD:
         model, info, loader = _build(cls, request, config, catalog, tensors)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     _refuse_mismatched(info["mismatched_keys"], model, catalog)
@@ -167,18 +167,19 @@ def _build(
         if loaded is not None:
             return *loaded, "lading"
     kinds = {spec.element.kind for spec in catalog}
-    if "small float" in kinds and not _is_quantised(config, request):
+    if "small float" in kinds and not is_quantised(config, request):
         _refuse_cast_kinds(_skeleton(cls, config), catalog)  # afterwards transformers 4 has such parameters itself
     try:
         return *_load_through_transformers(cls, request, config, tensors), "transformers"
     except RuntimeError as error:  # transformers 4, over a tensor of integers, without naming it
-        if kinds == {"float"} or _is_quantised(config, request):
+        if kinds == {"float"} or is_quantised(config, request):
             raise
         _refuse_cast_kinds(_skeleton(cls, config), catalog)
         raise CheckpointError(f"{catalog.describe()}: {error}") from error
 
 
-def _is_quantised(config: PretrainedConfig, request: ModelRequest) -> bool:
+def is_quantised(config: PretrainedConfig, request: ModelRequest) -> bool:
+    """Say whether a quantizer takes part, asked for or named by the configuration."""
     given = request.model_kwargs.get("quantization_config")
     return given is not None or getattr(config, "quantization_config", None) is not None
 

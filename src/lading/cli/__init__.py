@@ -2,7 +2,7 @@
 
 Knows the parser and the exit codes only; each command file adds its own arguments and imports what it needs when it
 runs, so that ``lading inspect`` never waits for torch. Exit codes: 0 done, 1 refused (the error is printed on standard
-error in one paragraph), 2 wrong usage, 130 interrupted.
+error in one paragraph), 2 wrong usage or no room for a plan, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lading.cli import embed, inspect, search
+from lading.cli import embed, inspect, plan, search
 from lading.errors import LadingError
 
-_COMMANDS = (inspect, embed, search)
+_COMMANDS = (inspect, plan, embed, search)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

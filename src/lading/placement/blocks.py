@@ -82,10 +82,25 @@ def blocks_of(module: nn.Module, rules: BlockRules) -> tuple[Block, ...]:
     return walk.join()
 
 
+def declared_whole(module: nn.Module) -> frozenset[str]:
+    """Collect the classes that a model and the models in it declare must not be split (``_no_split_modules``)."""
+    names: set[str] = set()
+
+    def collect(part: nn.Module) -> None:
+        if type(part).__name__ not in names:
+            names.update(vars(part).get("_no_split_modules") or getattr(type(part), "_no_split_modules", None) or ())
+            for child in part._modules.values():
+                if child is not None:
+                    collect(child)
+
+    collect(module)
+    return frozenset(names)
+
+
 class _Walk:
     """Collect the parts of one module tree, and who shares with whom. One thread."""
 
-    def __init__(self, rules: BlockRules, aliases: Mapping[int, int]) -> None:
+    def __init__(self, rules: BlockRules, aliases: Mapping[int, torch.Tensor]) -> None:
         self._rules = rules
         self._aliases = aliases
         self._parts: list[_Part] = []
@@ -150,9 +165,7 @@ class _Walk:
 
     def _identify(self, tensor: torch.Tensor) -> int:
         if self._aliases:
-            alias = self._aliases.get(id(tensor))
-            if alias is not None:
-                return alias
+            tensor = self._aliases.get(id(tensor), tensor)
         if tensor.is_meta or tensor.layout is not torch.strided:
             return id(tensor)
         try:
@@ -171,7 +184,7 @@ class _Walk:
             if special is not None:
                 return tensor.numel() * special.itemsize
         if type(tensor) not in _PLAIN:
-            state = _state_bytes(tensor)
+            state = state_bytes(tensor)
             if state:
                 return tensor.nbytes + state
         if dtype is None or tensor.dtype is dtype or tensor.dtype not in _CASTABLE:
@@ -230,16 +243,16 @@ def _joined(parts: Sequence[_Part]) -> Block:
     return Block(keys[0], keys, weights, buffers, pinned, False, parts[0].class_name)
 
 
-def _state_bytes(holder: Any) -> int:
+def state_bytes(holder: Any) -> int:
     """Count what bitsandbytes keeps beside a quantised weight: row scales (``SCB``), or 4-bit scales, nested once."""
     total = 0
     for name in ("SCB", "quant_state", "state2"):
-        state = getattr(holder, name, None)
+        state = vars(holder).get(name)  # a 4-bit weight answers for the attributes of its state too
         if isinstance(state, torch.Tensor):
             total += state.nbytes
         elif state is not None:
             own = (value for value in vars(state).values() if isinstance(value, torch.Tensor))
-            total += sum(tensor.nbytes for tensor in own) + _state_bytes(state)
+            total += sum(tensor.nbytes for tensor in own) + state_bytes(state)
     return total
 
 

@@ -6,7 +6,7 @@ Knows the device names that users write; asks no hardware.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,11 +27,23 @@ class Budget:
     disk_bytes: int | None
     """None: no limit."""
 
+    def sizes(self) -> dict[Device, int | None]:
+        """Give the bytes of every device, ``"cpu"`` and ``"disk"`` last; None for no limit."""
+        return {**self.accelerators, "cpu": self.host_bytes, "disk": self.disk_bytes}
+
+    def with_device(self, device: Device, size: int) -> Budget:
+        """Give one device another size."""
+        if device == "cpu":
+            return replace(self, host_bytes=size)
+        if device == "disk":
+            return replace(self, disk_bytes=size)
+        return replace(self, accelerators={**self.accelerators, device: size})
+
     def describe(self) -> str:
         """Write it for a message."""
-        given = {**self.accelerators, "cpu": self.host_bytes}
-        parts = [f"{device}: {format_bytes(size)}" for device, size in given.items()]
-        return ", ".join([*parts, f"disk: {'no limit' if self.disk_bytes is None else format_bytes(self.disk_bytes)}"])
+        return ", ".join(
+            f"{device}: {'no limit' if size is None else format_bytes(size)}" for device, size in self.sizes().items()
+        )
 
 
 def device_key(device: object) -> Device:

@@ -16,7 +16,7 @@ Knows bytes and positions; no names, no tensors. Pure functions.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -125,12 +125,17 @@ def cover(totals: Sequence[int], capacities: Sequence[int], *, in_listed_order: 
     return homes
 
 
-def keep_most(problem: Problem) -> Solution | None:
+def keep_most(problem: Problem, accept: Callable[[Solution], bool] | None = None) -> Solution | None:
     """Keep the most value resident where blocks may be streamed; None when no accelerator can keep anything.
 
     Of equal values the one whose main device is listed first, with the earliest run.
+
+    Args:
+        problem: what to place.
+        accept: whether what a solution streams finds a home. Where that is a question, every run of the main device is
+            asked about, and of the other accelerators' runs those worth most.
     """
-    search = _Search(problem)
+    search = _Search(problem, accept)
     for room in search.rooms():
         search.try_room(room)
     return search.best
@@ -139,8 +144,9 @@ def keep_most(problem: Problem) -> Solution | None:
 class _Search:
     """Look for the best solution, one size of the largest streamed block after the other. One thread."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, accept: Callable[[Solution], bool] | None) -> None:
         self._problem = problem
+        self._accept = accept
         self._order = _Order(problem.capacities, in_listed_order=problem.in_listed_order)
         self._weights = prefix_sums(problem.weights)
         self._fixed = prefix_sums(problem.fixed)
@@ -200,7 +206,10 @@ class _Search:
             for value, fixed_elsewhere, runs in rest[end]:
                 if weights[end] - weights[start] <= spare + fixed_elsewhere:
                     if gained + value > self.best_value:
-                        self.best = self._solution(gained + value, (kind, start, end, runs))
+                        found = self._solution(gained + value, (kind, start, end, runs))
+                        if self._accept is not None and not self._accept(found):
+                            continue
+                        self.best = found
                     break
 
     def _suffixes(
@@ -244,6 +253,13 @@ class _Search:
 
 def _with_label(front: list[_Label], label: _Label) -> list[_Label]:
     """Add a label to those that no other matches in both numbers, the most valuable first; a new list."""
+    if not front:
+        return [label]
+    if len(front) == 1:  # nearly always: what is worth more also keeps more fixed bytes away
+        (other,) = front
+        if other[0] >= label[0]:
+            return front if other[1] >= label[1] else [other, label]
+        return [label] if label[1] >= other[1] else [label, other]
     if any(other[0] >= label[0] and other[1] >= label[1] for other in front):
         return front
     kept = [other for other in front if other[0] > label[0] or other[1] > label[1]]

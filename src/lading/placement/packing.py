@@ -34,10 +34,10 @@ def choose(sizes: Sequence[int], limit: int, least: int = 0) -> list[bool] | Non
     Returns:
         For each size whether it is chosen; None when no choice was found whose sum lies between least and limit.
     """
-    if sum(sizes) <= limit:
-        return [True] * len(sizes)
     if sum(sizes) < least or limit < 0:
         return None
+    if sum(sizes) <= limit:
+        return [True] * len(sizes)
     sums = subset_sums(sizes, limit)
     target = sums[bisect_right(sums, limit) - 1] if sums else None
     wanted = _largest_first(sizes, limit) if target is None else _with_sum(sizes, target)

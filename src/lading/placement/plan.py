@@ -243,12 +243,13 @@ class Plan:
             for use in self.devices
         ]
         share = self.resident_bytes / self.total_bytes if self.total_bytes else 1.0
-        proof = "no placement keeps more" if self.gap <= 0 else f"{self.gap:.1%} below that"
+        proof = f"no placement keeps more than {format_bytes(self.bound)}, {self.gap:.1%} beyond this one"
         summary = (
-            f"{format_bytes(self.resident_bytes)} of {format_bytes(self.total_bytes)} rest where they run "
-            f"({share:.1%}); "
-            f"at most {format_bytes(self.bound)} could: {proof}. Streamed blocks run on {self.main_device}."
+            f"{format_bytes(self.resident_bytes)} of {format_bytes(self.total_bytes)} ({share:.1%}) rest where they run; "
+            f"{'no placement keeps more' if self.gap <= 0 else proof}."
         )
+        if any(placement.is_streamed for placement in self.placements):
+            summary += f" Streamed blocks run on {self.main_device}."
         lines = [_table(rows), "", _table(uses), "", summary]
         if self.predicted_s is not None:
             terms = ", ".join(f"{term} {seconds:.3g} s" for term, seconds in self.predicted.items())

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from lading.errors import PlanError, name_list, refusal
-from lading.placement import packing
+from lading.errors import PlanError, refusal
+from lading.placement import advice, packing
 from lading.placement.blocks import Block
 from lading.placement.budget import Budget, Device
-from lading.placement.minimum import least, least_for_all, least_useful
+from lading.placement.minimum import least, least_useful
 from lading.placement.optimum import Problem, Solution, cover, keep_most
 from lading.placement.plan import DeviceUse, Placement, Plan
 from lading.placement.prediction import Speeds, predict
@@ -22,8 +23,6 @@ from lading.units import format_bytes
 
 STRATEGIES = ("contiguous", "any", "balanced", "sequential")
 RUNTIMES = ("lading", "accelerate")
-_WORTH_A_WARNING = 0.05
-"""Tell what would avoid all streaming when it is no more than this share of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,16 +103,39 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Try the accelerators, then the CPU."""
-        budget = self._budget
-        accelerators = _Stage(
-            devices=tuple(budget.accelerators), host_bytes=budget.host_bytes, disk_bytes=budget.disk_bytes
-        )
-        cpu = _Stage(devices=("cpu",), host_bytes=0, disk_bytes=budget.disk_bytes)
-        for stage in (accelerators, cpu):
-            answer = self._solve(stage) if stage.devices else None
-            if answer is not None:
-                return self._write(answer)
-        raise PlanError(self._what_is_missing())
+        answer = self._search()
+        if answer is None:
+            raise PlanError(advice.no_room(self._blocks, self._budget, self._missing()))
+        return self._write(answer)
+
+    def _search(self) -> _Answer | None:
+        return next(filter(None, (self._solve(stage) for stage in self._stages() if stage.devices)), None)
+
+    def _with(self, device: Device, size: int) -> _Answer | None:
+        """Search again as if one device had another budget."""
+        contiguous = "contiguous" if self._request.strategy == "any" else self._request.strategy
+        budget = self._budget.with_device(device, size)
+        return _Planner(dataclasses.replace(self._request, budget=budget, strategy=contiguous))._search()
+
+    def _missing(self) -> dict[Device, int]:
+        """Find for each device on which more would do how many bytes more it takes."""
+        sizes = self._budget.sizes()
+        high = 3 * sum(self._at_home) + sum(self._fixed) + self._overhead + 1
+        missing = {}
+        for device, size in sizes.items():
+            if size is not None and self._with(device, size + high) is not None:
+
+                def works(more: int, device: Device = device, size: int = size) -> bool:
+                    return self._with(device, size + more) is not None
+
+                missing[device] = least(works, 1, high)
+        return missing
+
+    def _stages(self) -> tuple[_Stage, _Stage]:
+        """Name the accelerators with host memory and the disk behind them, and the CPU with the disk behind it."""
+        host_bytes, disk_bytes = self._budget.host_bytes, self._budget.disk_bytes
+        accelerators = _Stage(devices=tuple(self._budget.accelerators), host_bytes=host_bytes, disk_bytes=disk_bytes)
+        return accelerators, _Stage(devices=("cpu",), host_bytes=0, disk_bytes=disk_bytes)
 
     def _problem(self, stage: _Stage, num_copies: int) -> Problem:
         request = self._request
@@ -150,7 +172,8 @@ class _Planner:
             if self._request.strategy == "any":
                 answer = self._solve_any(stage, problem)
             else:
-                answer = self._answer(stage, problem, keep_most(problem))
+                accept = None if stage.disk_bytes is None else partial(self._has_homes, stage)
+                answer = self._answer(stage, problem, keep_most(problem, accept))
             if answer is not None:
                 return answer
         return None
@@ -166,17 +189,30 @@ class _Planner:
 
     def _answer(self, stage: _Stage, problem: Problem, solution: Solution | None) -> _Answer | None:
         """Give what is streamed a home in host memory or on disk; None where these are too small."""
-        if solution is None:
+        in_host = None if solution is None else self._pack(stage, solution)
+        if solution is None or in_host is None:
             return None
+        return _Answer(stage=stage, problem=problem, homes=solution.homes, main=solution.main, in_host=tuple(in_host))
+
+    def _pack(self, stage: _Stage, solution: Solution) -> list[bool] | None:
         streamed = [
             size if home is None and weight else 0
             for size, home, weight in zip(self._at_home, solution.homes, self._weights, strict=True)
         ]
         least_in_host = 0 if stage.disk_bytes is None else max(0, sum(streamed) - stage.disk_bytes)
-        in_host = packing.choose(streamed, stage.host_bytes, least_in_host)
-        if in_host is None:
-            return None
-        return _Answer(stage=stage, problem=problem, homes=solution.homes, main=solution.main, in_host=tuple(in_host))
+        if self._request.runtime == "lading" and stage.host_bytes:  # what is fetched gains most by being near
+            fetched = [0 if block.is_lookup else size for block, size in zip(self._blocks, streamed, strict=True)]
+            tables = [size - each for size, each in zip(streamed, fetched, strict=True)]
+            first = packing.choose(fetched, stage.host_bytes) or []
+            left = stage.host_bytes - sum(size for size, chosen in zip(fetched, first, strict=True) if chosen)
+            second = packing.choose(tables, left) or []
+            both = [one and other for one, other in zip(first, second, strict=True)]
+            if sum(size for size, chosen in zip(streamed, both, strict=True) if chosen) >= least_in_host:
+                return both
+        return packing.choose(streamed, stage.host_bytes, least_in_host)
+
+    def _has_homes(self, stage: _Stage, solution: Solution) -> bool:
+        return self._pack(stage, solution) is not None
 
     def _write(self, answer: _Answer) -> Plan:
         request, stage, blocks = self._request, answer.stage, self._blocks
@@ -227,11 +263,7 @@ class _Planner:
 
     def _uses(self, answer: _Answer, runs_on: Sequence[Device], rests_on: Sequence[Device]) -> tuple[DeviceUse, ...]:
         """Add up every device again, from the placements alone, and check the sums against the budget."""
-        budgets: dict[Device, int | None] = {
-            **self._budget.accelerators,
-            "cpu": self._budget.host_bytes,
-            "disk": self._budget.disk_bytes,
-        }
+        budgets = self._budget.sizes()
         used = dict.fromkeys(budgets, 0)
         reserved: dict[Device, dict[str, int]] = {device: {} for device in budgets}
         largest = 0
@@ -274,90 +306,42 @@ class _Planner:
         accelerators = self._budget.accelerators
         if not accelerators or (not away and answer.stage.devices[0] in accelerators):
             return []
-        written = []
+        on_cpu = answer.stage.devices == ("cpu",)
+        problem = self._problem(self._stages()[0], 1)
         holds = {use.device: use.used_bytes for use in uses}
-        for index, device in enumerate(accelerators):
-            if not holds.get(device):
-                need = self._least_to_be_used(index, answer)
+        written = []
+        for device, size in accelerators.items():
+            need = None if holds.get(device) else self._least_to_be_used(device, problem)
+            if need is not None:
                 written.append(
                     f"device {device!r} got nothing: with {need:,} bytes ({format_bytes(need)}) it would hold a block, "
-                    f"it has {accelerators[device]:,}"
+                    f"it has {size:,}"
                 )
-        missing = self._missing_for_all()
-        if missing is not None:
-            device, more = missing
+        few = advice.few_missing_for_all(problem)
+        if few is not None:
+            index, more = few
+            what = f"{format_bytes(away)} are streamed" if not on_cpu else "the model runs on the CPU"
             written.append(
-                f"{format_bytes(away)} are streamed or run on the CPU: with {more:,} bytes ({format_bytes(more)}) more "
-                f"on device {device!r} every block would be resident"
+                f"{what}: with {more:,} bytes ({format_bytes(more)}) more on device {[*accelerators][index]!r} every "
+                "block would be resident"
             )
         return written
 
-    def _least_to_be_used(self, index: int, answer: _Answer) -> int:
-        """Find the least budget with which an accelerator that got nothing would hold a block."""
-        capacities = [size - self._overhead for size in self._budget.accelerators.values()]
-        others = [*capacities[:index], *capacities[index + 1 :]]
-        stage = _Stage(devices=tuple(self._budget.accelerators), host_bytes=0, disk_bytes=None)
-        problem = self._problem(stage, 1 if answer.stage.devices == ("cpu",) else answer.problem.num_copies)
+    def _least_to_be_used(self, device: Device, problem: Problem) -> int | None:
+        """Find the least budget with which an accelerator that got nothing would hold a block; None for none."""
 
-        def value(of: list[int]) -> int:
-            if of and cover(problem.totals, of, in_listed_order=problem.in_listed_order) is not None:
-                return sum(problem.weights) + 1
-            best = keep_most(dataclasses.replace(problem, capacities=of)) if of else None
-            return -1 if best is None else best.value
+        def is_used(size: int) -> bool:
+            answer = self._with(device, size)
+            return answer is not None and device in {
+                answer.stage.devices[home] for home in answer.homes if home is not None
+            }
 
-        without = value(others)
-        high = sum(problem.totals) + problem.num_copies * max(problem.rooms)
-        found = least(
-            lambda size: value([*capacities[:index], size, *capacities[index + 1 :]]) > without, capacities[index], high
-        )
-        return found + self._overhead
-
-    def _missing_for_all(self) -> tuple[Device, int] | None:
-        """Find the accelerator on which the fewest bytes more would keep everything, if these are few."""
-        problem = self._problem(_Stage(devices=tuple(self._budget.accelerators), host_bytes=0, disk_bytes=None), 1)
-        totals, capacities = problem.totals, list(problem.capacities)
-        few = int(_WORTH_A_WARNING * sum(totals))
-        best: tuple[Device, int] | None = None
-        for index, device in enumerate(self._budget.accelerators):
-
-            def fits(more: int, at: int = index) -> bool:
-                raised = [*capacities[:at], capacities[at] + more, *capacities[at + 1 :]]
-                return cover(totals, raised, in_listed_order=problem.in_listed_order) is not None
-
-            if sum(capacities) + few >= sum(totals) and fits(few):
-                more = least(fits, 0, few)
-                best = (device, more) if best is None or more < best[1] else best
-        return best
-
-    def _what_is_missing(self) -> str:
-        """Say for each way in which the model could run how many bytes are missing."""
-        total = sum(block.total_bytes for block in self._blocks)
-        budget, ways = self._budget, []
-        problem = self._problem(_Stage(devices=("cpu",), host_bytes=0, disk_bytes=None), 1)
-        useful = least_useful(problem) + self._overhead
-        alone = least_for_all(problem.totals, 1) + self._overhead
-        for device, size in {**budget.accelerators, "cpu": budget.host_bytes}.items():
-            if size < useful:
-                ways.append(
-                    f"device {device!r} lacks {useful - size:,} bytes to stream the model through it "
-                    f"({useful:,} needed), {alone - size:,} to hold it"
-                )
-        room = sum(budget.accelerators.values()) + budget.host_bytes
-        if budget.disk_bytes is not None:
-            short = total - room - budget.disk_bytes
-            ways.append(
-                f"the disk lacks {short:,} bytes for what no other device holds"
-                if short > 0
-                else f"the blocks do not fit into what is left of host memory and disk ({budget.disk_bytes:,} bytes)"
-            )
-        largest = sorted(self._blocks, key=lambda block: -block.total_bytes)[:3]
-        return refusal(
-            f"a model of {total:,} bytes ({format_bytes(total)})",
-            found=f"room for {budget.describe()}; {'; '.join(ways)}",
-            expected="room for one resident block and the largest streamed one where the model runs, and for the rest",
-            way_out="raise max_memory, name 'cpu' or 'disk' in it, load in a narrower dtype, or allow large blocks to "
-            f"be split (the largest: {name_list(block.name for block in largest)})",
-        )
+        size = self._budget.accelerators[device]
+        guess = least_useful(problem) + self._overhead
+        if guess > size and is_used(guess) and not is_used(guess - 1):
+            return guess
+        high = max(size, guess)
+        return least(is_used, size, high) if is_used(high) else None
 
 
 def _leveled(problem: Problem) -> list[int]:

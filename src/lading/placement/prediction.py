@@ -24,7 +24,7 @@ class Speeds:
 
 
 def predict(placements: Sequence[Placement], speeds: Speeds) -> dict[str, float]:
-    """Give the seconds of each term whose rate is known: reading the disk, copying to the device, computing."""
+    """Give the seconds of each term whose rate is known: reading the disk, copying, reading all weights, computing."""
     rates = speeds.bandwidths
     fetched = [each for each in placements if each.is_streamed and not each.is_lookup]
     from_disk = sum(each.num_bytes for each in fetched if each.home == "disk")
@@ -34,6 +34,7 @@ def predict(placements: Sequence[Placement], speeds: Speeds) -> dict[str, float]
     terms = {
         "reading the disk": (from_disk, rates.disk_to_host_bytes_per_s),
         "copying to the device": (to_device, rates.host_to_device_bytes_per_s),
+        "reading device memory": (multiplied, rates.device_memory_bytes_per_s),
         "computing": (num_operations, rates.flops_per_s),
     }
     return {term: amount / rate for term, (amount, rate) in terms.items() if rate is not None}

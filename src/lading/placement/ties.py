@@ -16,19 +16,19 @@ import torch
 from torch import nn
 
 
-def declared_ties(module: nn.Module) -> dict[int, int]:
-    """Map the id of each tensor that is declared to be another one to the id of that one. Changes nothing."""
-    ties: dict[int, int] = {}
+def declared_ties(module: nn.Module) -> dict[int, torch.Tensor]:
+    """Map the id of each tensor that is declared to be another one to that one. Changes nothing."""
+    ties: dict[int, torch.Tensor] = {}
     for one, other in _pairs(module):
         if one is not None and other is not None and one is not other and one.shape == other.shape:
-            ties[id(one)] = id(other)
-    for target_id, source in list(ties.items()):  # a chain ends at the tensor that has values of its own
-        source_id, seen = source, {target_id}
-        while source_id in ties and source_id not in seen:
-            seen.add(source_id)
-            source_id = ties[source_id]
-        ties[target_id] = source_id
-    return {target_id: source_id for target_id, source_id in ties.items() if target_id != source_id}
+            ties[id(one)] = other
+    for target_id, first in list(ties.items()):  # a chain ends at the tensor that has values of its own
+        source, seen = first, {target_id}
+        while id(source) in ties and id(source) not in seen:
+            seen.add(id(source))
+            source = ties[id(source)]
+        ties[target_id] = source
+    return {target_id: source for target_id, source in ties.items() if target_id != id(source)}
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:

@@ -1,0 +1,122 @@
+"""Stand in for accelerate's ``infer_auto_device_map``: its signature and its kind of answer, with lading's plan inside.
+
+Knows how accelerate's users write their arguments; `lading.placement` decides. Needs no accelerate, and the plan keeps
+the room that accelerate's own hooks need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from lading.errors import PlanError, refusal
+from lading.placement.blocks import BlockRules, blocks_of
+from lading.placement.budget import Device, budget_of
+from lading.placement.hardware import free_memory
+from lading.placement.plan import Plan, PlanWarning
+from lading.placement.planner import Request, make_plan
+
+_PACKED_BITS = {"fp8": 8, "int4": 4, "int2": 2}
+"""The members of ``accelerate.utils.CustomDtype``, by value: bits of one number."""
+
+
+def infer_auto_device_map(  # noqa: PLR0913 - accelerate's signature
+    model: nn.Module,
+    max_memory: Mapping[Any, Any] | None = None,
+    no_split_module_classes: Iterable[str] | str | None = None,
+    dtype: torch.dtype | str | Any | None = None,
+    special_dtypes: Mapping[str, torch.dtype | str | Any] | None = None,
+    verbose: bool = False,
+    clean_result: bool = True,
+    offload_buffers: bool = False,
+    fallback_allocation: bool = False,
+) -> OrderedDict[str, Device]:
+    """Give every module of a model a device, as accelerate's function of this name does (1.15), but the most that fits.
+
+    Where the answers differ: a model that fits is kept entirely, without a reserve; a later block may go to an earlier
+    device; the disk's limit holds; and where the weights would be placed but could not run within the budget, this
+    raises, which accelerate does not. ``"10Gb"`` are bytes here, bits there. Modules without tensors are not named.
+
+    Args:
+        model: on any device, or on meta.
+        max_memory: device → bytes or ``"10GiB"``; accelerators are used in the order of their numbers. None: what is
+            free now.
+        no_split_module_classes: names of classes that stay on one device. None: every module may be split.
+        dtype: what the weights will be loaded in, a dtype of torch, its name, or a ``CustomDtype`` of accelerate.
+        special_dtypes: the same for single tensors by name.
+        verbose: print where each block goes and why, then the plan.
+        clean_result: name a module in place of everything below it where that shares one device.
+        offload_buffers: stream buffers with the weights; they stay on the main device otherwise.
+        fallback_allocation: changes nothing. It asks accelerate to look further for a module that fits where the next
+            one does not; the plan here keeps the most that fits in any case.
+
+    Returns:
+        Module names → ``int``, ``"mps"``, ``"cpu"`` or ``"disk"``, for ``dispatch_model`` and ``from_pretrained``.
+        `PlanWarning` is given where a little more memory would change much.
+
+    Raises:
+        PlanError: no placement keeps within the budget, or an argument is not understood.
+
+    Any thread. The model and the arguments are only looked at.
+
+    Example:
+        >>> import torch
+        >>> from lading.adapters.accelerate import infer_auto_device_map
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))
+        >>> infer_auto_device_map(net, max_memory={0: 100, 1: "1KB"})
+        OrderedDict({'0': 0, '1': 1})
+    """
+    classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes or ()
+    blocks = blocks_of(model, _rules(model, frozenset(classes), dtype, special_dtypes or {}))
+    budget = budget_of(free_memory() if max_memory is None else max_memory)
+    in_order = sorted(budget.accelerators.items(), key=lambda each: (isinstance(each[0], str), each[0]))
+    budget = dataclasses.replace(budget, accelerators=dict(in_order))
+    plan = make_plan(Request(blocks=blocks, budget=budget, runtime="accelerate", offload_buffers=offload_buffers))
+    if verbose:
+        _print(plan)
+    for warning in plan.warnings:
+        warnings.warn(warning, PlanWarning, stacklevel=2)
+    if clean_result:
+        return OrderedDict(plan.device_map)
+    return OrderedDict((key, placement.home) for placement in plan.placements for key in placement.keys)
+
+
+def _rules(model: nn.Module, classes: frozenset[str], dtype: Any, special: Mapping[str, Any]) -> BlockRules:
+    """Say what the tensors will weigh; numbers narrower than torch knows are weighed here, name by name."""
+    packed = _PACKED_BITS.get(getattr(dtype, "value", ""))
+    bits = {name: _PACKED_BITS.get(getattr(each, "value", "")) for name, each in special.items()}
+    sizes = {}
+    if packed or any(bits.values()):
+        both = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, tensor in both:
+            width = bits[name] if name in special else packed if tensor.is_floating_point() else None
+            if width:
+                sizes[name] = -(-tensor.numel() * width // 8)
+    dtypes = {name: _named(each) for name, each in special.items() if not bits[name]}
+    return BlockRules(
+        no_split_classes=classes,
+        dtype=None if dtype is None or packed else _named(dtype),
+        special_dtypes=dtypes,
+        special_bytes=sizes,
+    )
+
+
+def _named(dtype: Any) -> torch.dtype:
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype):
+        raise PlanError(refusal("dtype", found=repr(dtype), expected="a torch.dtype or its name", way_out="correct it"))
+    return named
+
+
+def _print(plan: Plan) -> None:
+    for each in plan.placements:
+        names = " and ".join(key or "the whole model" for key in each.keys)
+        print(f"Putting {names} (size={each.num_bytes}) on {each.home}: {each.reason}.")
+    print(f"\n{plan}")

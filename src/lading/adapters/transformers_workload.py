@@ -1,0 +1,294 @@
+"""Measure what a transformers model needs beside its weights: cache, logits, activations; and the order of its calls.
+
+Knows what goes into a transformers model, what comes out, and what generation keeps. The numbers are traced: a batch
+with padding crosses a weightless copy of the model, then, where tokens are generated, one more token with the cache as
+large as it will be. Caches are counted where modules really leave them, so grouped heads, compressed latents, sliding
+windows and recurrent states need no formula. Only a model that cannot be traced is estimated from its configuration.
+
+Images have the configured size, else 224 pixels a side; generating models that also see or hear get text alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
+
+from lading.errors import PlanError, refusal
+from lading.placement.trace import Allocation, Trace, Tracer, tracing
+from lading.placement.workload import MemoryTerms, Workload
+
+_CACHES = ("past_key_values", "cache_params", "state")
+"""The names under which models take and give what they keep between tokens."""
+
+
+def call_order(model: Any) -> tuple[str, ...]:
+    """Return the names of a model's modules in the order in which a forward first calls them; '' is the model.
+
+    Raises:
+        PlanError: the forward cannot be traced, or it takes an input that is not known here.
+    """
+    with tracing(model) as tracer:
+        return tracer.forward(**_accepted(model, {**_inputs(model, 1, 8, 8), "use_cache": False})).call_order
+
+
+def memory_terms(model: Any, workload: Workload) -> MemoryTerms:
+    """Measure what a workload needs beside the weights; the cache at ``num_tokens + new_tokens`` tokens.
+
+    Args:
+        model: a transformers model; its parameters and buffers may be on meta.
+        workload: the largest call. Where the main input is no text, its tokens are the decoder's.
+
+    Raises:
+        PlanError: it can neither be traced nor told from the configuration.
+    """
+    if not workload.num_tokens:
+        return MemoryTerms(kv_cache={}, logits=0, activations=0, source={})
+    try:
+        return _traced(model, workload)
+    except PlanError as error:
+        return _from_configuration(model, workload, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """One forward: its trace without the output, the cache before it and after it, its logits, generation's copy."""
+
+    trace: Trace
+    old: Mapping[Allocation, torch.dtype]
+    cache: Mapping[Allocation, torch.dtype]
+    logits: Mapping[Allocation, torch.dtype]
+    copied_bytes: int
+
+    @property
+    def logits_bytes(self) -> int:
+        return sum(allocation.num_bytes for allocation in self.logits)
+
+    def cache_bytes(self, dtype: torch.dtype | str | None = None) -> Counter[str]:
+        """Count the cache by owner, floats as if they had the given type."""
+        sizes: Counter[str] = Counter()
+        for allocation, held in self.cache.items():
+            kept = dtype if isinstance(dtype, torch.dtype) and held.is_floating_point else held
+            sizes[allocation.owner] += allocation.num_bytes * kept.itemsize // held.itemsize
+        return sizes
+
+
+def _traced(model: Any, workload: Workload) -> MemoryTerms:
+    is_cached, has_text = _keeps_cache(model, workload), model.main_input_name == "input_ids"
+    rows, num_tokens, new_tokens = workload.batch_size, workload.num_tokens, workload.new_tokens
+    prompt = 1 if new_tokens and model.config.is_encoder_decoder and has_text else num_tokens  # what is continued
+    options = {"use_cache": is_cached, **({"logits_to_keep": 1} if new_tokens else {})}
+    with tracing(model) as tracer:
+
+        def prefill(length: int) -> Trace:
+            source = num_tokens if model.config.is_encoder_decoder else length
+            return _forward(tracer, {**_inputs(model, rows, source, length), **options}, is_cached)
+
+        phases = [_phase(tracer, prefill(prompt if is_cached else prompt + new_tokens), new_tokens)]
+        if is_cached and new_tokens:
+            output = prefill(prompt + new_tokens - 1).output
+            step = _next_token(model, output, rows, num_tokens, prompt + new_tokens)
+            old = tracer.allocations(_tensors(_given(output, _CACHES)))
+            del output
+            phases.append(_phase(tracer, _forward(tracer, {**step, **options}, is_cached), new_tokens, old))
+            del step
+    kept, held = Counter[str](), Counter[str]()
+    for phase in phases:
+        kept |= phase.cache_bytes(workload.kv_dtype)
+        held |= phase.cache_bytes()
+    return MemoryTerms(
+        kv_cache=dict(kept),
+        logits=max(phase.logits_bytes + phase.copied_bytes for phase in phases),
+        activations=max(
+            phase.trace.peak_bytes(({**phase.old, **phase.cache}, held.total()), (phase.logits, phase.logits_bytes))
+            for phase in phases
+        ),
+        source=dict.fromkeys(("kv_cache", "logits", "activations"), "traced"),
+    )
+
+
+def _forward(tracer: Tracer, inputs: dict[str, Any], is_cached: bool) -> Trace:
+    """Run a forward; where it keeps no cache unless generation made one, with that."""
+    trace = tracer.forward(**_accepted(tracer.module, inputs))
+    if is_cached and next(_tensors(_given(trace.output, _CACHES)), None) is None:
+        made: dict[str, Any] = tracer.module.prepare_inputs_for_generation(**inputs)
+        trace = tracer.forward(**_accepted(tracer.module, made))
+    return trace
+
+
+def _phase(
+    tracer: Tracer, trace: Trace, new_tokens: int, old: Mapping[Allocation, torch.dtype] | None = None
+) -> _Phase:
+    scores = list(_tensors(_given(trace.output, ("logits",))))[:1]
+    return _Phase(
+        trace=replace(trace, output=None),
+        old=old or {},
+        cache=tracer.allocations(_tensors(_given(trace.output, _CACHES))),
+        logits=tracer.allocations(scores),
+        copied_bytes=sum(score[:, -1].numel() * 4 for score in scores) if new_tokens else 0,
+    )
+
+
+def _keeps_cache(model: Any, workload: Workload) -> bool:
+    wanted = model.can_generate() if workload.use_cache is None else workload.use_cache
+    return bool(wanted) and any(name in inspect.signature(model.forward).parameters for name in _CACHES)
+
+
+def _accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in known}
+
+
+def _given(output: Any, names: tuple[str, ...]) -> Any:
+    return next((output[name] for name in names if isinstance(output, dict) and output.get(name) is not None), None)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor inside nested containers and the caches of transformers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+    elif type(value).__module__.startswith("transformers.") and not isinstance(value, (nn.Module, PretrainedConfig)):
+        yield from _tensors(getattr(value, "__dict__", None))
+
+
+def _settings(config: Any) -> Iterator[Any]:
+    yield config
+    yield from (part for part in vars(config).values() if isinstance(part, PretrainedConfig))
+
+
+def _setting(config: Any, *names: str, default: Any = None) -> Any:
+    """Return the first of these settings that the configuration or a part of it has."""
+    found = (getattr(part, name, None) for name in names for part in _settings(config))
+    return next((value for value in found if value is not None), default)
+
+
+def _inputs(model: Any, rows: int, num_tokens: int, decoder_tokens: int) -> dict[str, torch.Tensor]:
+    """Make one batch, the last row padded where there are several."""
+    config, main = model.config, model.main_input_name
+    known = inspect.signature(model.forward).parameters
+    inputs: dict[str, torch.Tensor] = {}
+    if main == "input_ids" or ("input_ids" in known and not config.is_encoder_decoder):
+        inputs["input_ids"], mask = _ids(config, rows, num_tokens), torch.ones(rows, num_tokens, dtype=torch.long)
+        mask[1:, 0] = 0
+        inputs["attention_mask"] = mask
+    for name in [main, *(() if model.can_generate() else ("pixel_values", "input_features"))]:
+        if name not in inputs and name in known:
+            inputs[name] = _signal(model, name, rows, num_tokens)
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _ids(config, rows, decoder_tokens)
+    return inputs
+
+
+def _ids(config: Any, rows: int, num_tokens: int) -> torch.Tensor:
+    """Make token ids that mean nothing special: no padding, no image."""
+    settings = {key: value for part in _settings(config) for key, value in vars(part).items() if "token_i" in key}
+    plain = next(token for token in range(len(settings) + 1) if token not in settings.values())
+    return torch.full((rows, num_tokens), plain, dtype=torch.long)
+
+
+def _signal(model: Any, name: str, rows: int, num_tokens: int) -> torch.Tensor:
+    """Make pixels, spectra or a waveform.
+
+    Raises:
+        PlanError: the configuration does not tell their size.
+    """
+    config, has = model.config, vars(model.config).__contains__
+    bins = _setting(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    frames, shape = _setting(config, "max_source_positions"), None
+    if name == "pixel_values":
+        side = _setting(config, "image_size", default=224)
+        frames = [config.num_frames] if has("num_frames") else []  # a video
+        sides = side if isinstance(side, (list, tuple)) else (side, side)
+        shape = [rows, *frames, _setting(config, "num_channels", default=3), *sides]
+    elif name == "input_features" and bins:
+        shape = [rows, bins, 2 * frames] if has("num_mel_bins") and frames else [rows, num_tokens, bins]
+    elif name == "input_values" and has("num_mel_bins"):
+        shape = [rows, config.max_length, bins]
+    elif name == "input_values" and hasattr(config, "inputs_to_logits_ratio"):
+        shape = [rows, num_tokens * config.inputs_to_logits_ratio]
+    if shape is None:
+        raise PlanError(
+            refusal(
+                f"{type(model).__name__}, input {name!r}",
+                found="no rule for its shape",
+                expected="token ids, pixels, spectra or a waveform whose size the configuration tells",
+                way_out="plan without a workload, in the modules' own order",
+            )
+        )
+    return torch.zeros(shape, dtype=model.dtype)
+
+
+def _next_token(model: Any, output: Any, rows: int, num_tokens: int, length: int) -> dict[str, Any]:
+    """Make the inputs of the step that brings the decoder to ``length`` tokens."""
+    is_seq2seq = model.config.is_encoder_decoder
+    mask = torch.ones(rows, num_tokens if is_seq2seq else length, dtype=torch.long)
+    mask[1:, 0] = 0
+    step = {
+        "decoder_input_ids" if is_seq2seq else "input_ids": _ids(model.config, rows, 1),
+        "cache_position": torch.arange(length - 1, length),
+        **{name: _given(output, (name,)) for name in _CACHES},
+    }
+    if model.main_input_name == "input_ids" and step["cache_params"] is None:  # Mamba's own cache takes no mask
+        step["attention_mask"] = mask
+    if is_seq2seq:
+        step["encoder_outputs"] = BaseModelOutput(last_hidden_state=output["encoder_last_hidden_state"])
+    return step
+
+
+def _from_configuration(model: Any, workload: Workload, reason: PlanError) -> MemoryTerms:
+    """Estimate a decoder of attention layers that cannot be traced, from above.
+
+    Raises:
+        PlanError: the configuration does not tell, as for recurrent layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers, heads, hidden, vocabulary = (
+        getattr(config, name, None)
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    )
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * (layers or 0)
+    stack = (name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers)
+    name, is_attention = next(stack, None), {"full_attention", "sliding_attention"}.issuperset(kinds)
+    if (
+        model.config.is_encoder_decoder
+        or name is None
+        or not (heads and hidden and vocabulary and is_attention)
+        or not model.can_generate()
+    ):
+        raise reason
+    rows, length, size = workload.batch_size, workload.num_tokens + workload.new_tokens, model.dtype.itemsize
+    width = getattr(config, "head_dim", None) or hidden // heads
+    row_width = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+    if getattr(config, "kv_lora_rank", None):  # cached per head, or less: as the latent
+        row_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    window = {
+        "sliding_attention": max(workload.num_tokens, min(length, getattr(config, "sliding_window", 0) or length))
+    }
+    kv_size = workload.kv_dtype.itemsize if isinstance(workload.kv_dtype, torch.dtype) else size
+    is_cached, known = _keeps_cache(model, workload), inspect.signature(model.forward).parameters
+    tokens = rows * (workload.num_tokens if is_cached else length)
+    scored = rows if workload.new_tokens and "logits_to_keep" in known else tokens
+    experts = (getattr(config, "num_experts_per_tok", 0) or 0) + (getattr(config, "n_shared_experts", 0) or 0)
+    inner = max(getattr(config, "intermediate_size", 0), experts * (getattr(config, "moe_intermediate_size", 0) or 0))
+    scores = heads * (2 * size + 4) if config._attn_implementation == "eager" else 1 + size
+    return MemoryTerms(
+        kv_cache={
+            f"{name}.{index}": rows * window.get(kind, length) * row_width * kv_size for index, kind in enumerate(kinds)
+        }
+        if is_cached
+        else {},
+        logits=scored * vocabulary * size + (rows * vocabulary * 4 if workload.new_tokens else 0),
+        activations=tokens * size * (4 * hidden + 3 * inner + 2 * row_width + 4 * heads * width)
+        + tokens * tokens // rows * scores,
+        source=dict.fromkeys(("kv_cache", "logits", "activations"), f"configuration: {reason}"),
+    )
