@@ -45,6 +45,6 @@ def parse_bytes(size: int | float | str) -> int:
             raise ValueError(f"{size!r} is no size such as '10GiB', '500MB' or '4096'")
         whole, _, fraction = match[1].partition(".")
         return int(whole or 0) * factor + int(fraction or 0) * factor // int(10 ** len(fraction))
-    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 <= size < float("inf"):
+    if isinstance(size, bool) or not hasattr(size, "__int__") or not 0 <= float(size) < float("inf"):
         raise ValueError(f"{size!r} is no number of bytes")
     return int(size)

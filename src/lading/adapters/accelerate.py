@@ -20,14 +20,14 @@ from lading.errors import PlanError, refusal
 from lading.placement.blocks import BlockRules, blocks_of
 from lading.placement.budget import Device, budget_of
 from lading.placement.hardware import free_memory
-from lading.placement.plan import Plan, PlanWarning
+from lading.placement.plan import PlanWarning
 from lading.placement.planner import Request, make_plan
 
 _PACKED_BITS = {"fp8": 8, "int4": 4, "int2": 2}
 """The members of ``accelerate.utils.CustomDtype``, by value: bits of one number."""
 
 
-def infer_auto_device_map(  # noqa: PLR0913 - accelerate's signature
+def infer_auto_device_map(  # noqa: PLR0913, PLR0917 - accelerate's signature
     model: nn.Module,
     max_memory: Mapping[Any, Any] | None = None,
     no_split_module_classes: Iterable[str] | str | None = None,
@@ -38,11 +38,12 @@ def infer_auto_device_map(  # noqa: PLR0913 - accelerate's signature
     offload_buffers: bool = False,
     fallback_allocation: bool = False,
 ) -> OrderedDict[str, Device]:
-    """Give every module of a model a device, as accelerate's function of this name does (1.15), but the most that fits.
+    """Give every module of a model a device, as accelerate's function of this name does (1.15), keeping the most.
 
     Where the answers differ: a model that fits is kept entirely, without a reserve; a later block may go to an earlier
-    device; the disk's limit holds; and where the weights would be placed but could not run within the budget, this
-    raises, which accelerate does not. ``"10Gb"`` are bytes here, bits there. Modules without tensors are not named.
+    device; buffers of what is streamed count on the device that runs it; the disk's limit holds; and where accelerate
+    returns a map that cannot run within the budget, this raises. ``"10Gb"`` are bytes here, bits there; modules
+    without tensors are not named.
 
     Args:
         model: on any device, or on meta.
@@ -70,17 +71,21 @@ def infer_auto_device_map(  # noqa: PLR0913 - accelerate's signature
         >>> import torch
         >>> from lading.adapters.accelerate import infer_auto_device_map
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))
-        >>> infer_auto_device_map(net, max_memory={0: 100, 1: "1KB"})
-        OrderedDict({'0': 0, '1': 1})
+        >>> dict(infer_auto_device_map(net, max_memory={0: 100, 1: "1KB"}))
+        {'0': 0, '1': 1}
     """
     classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes or ()
-    blocks = blocks_of(model, _rules(model, frozenset(classes), dtype, special_dtypes or {}))
-    budget = budget_of(free_memory() if max_memory is None else max_memory)
-    in_order = sorted(budget.accelerators.items(), key=lambda each: (isinstance(each[0], str), each[0]))
-    budget = dataclasses.replace(budget, accelerators=dict(in_order))
+    rules = dataclasses.replace(_weights(model, dtype, special_dtypes or {}), no_split_classes=frozenset(classes))
+    memory: Mapping[Any, Any] = free_memory() if max_memory is None else max_memory
+    budget = budget_of(memory)
+    by_number = sorted(budget.accelerators.items(), key=lambda each: (isinstance(each[0], str), each[0]))
+    budget = dataclasses.replace(budget, accelerators=dict(by_number))
+    blocks = blocks_of(model, rules)
     plan = make_plan(Request(blocks=blocks, budget=budget, runtime="accelerate", offload_buffers=offload_buffers))
     if verbose:
-        _print(plan)
+        for each in plan.placements:
+            print(f"Putting {' and '.join(each.keys)} (size={each.num_bytes}) on {each.home}: {each.reason}.")
+        print(f"\n{plan}")
     for warning in plan.warnings:
         warnings.warn(warning, PlanWarning, stacklevel=2)
     if clean_result:
@@ -88,10 +93,9 @@ def infer_auto_device_map(  # noqa: PLR0913 - accelerate's signature
     return OrderedDict((key, placement.home) for placement in plan.placements for key in placement.keys)
 
 
-def _rules(model: nn.Module, classes: frozenset[str], dtype: Any, special: Mapping[str, Any]) -> BlockRules:
+def _weights(model: nn.Module, dtype: Any, special: Mapping[str, Any]) -> BlockRules:
     """Say what the tensors will weigh; numbers narrower than torch knows are weighed here, name by name."""
-    packed = _PACKED_BITS.get(getattr(dtype, "value", ""))
-    bits = {name: _PACKED_BITS.get(getattr(each, "value", "")) for name, each in special.items()}
+    packed, bits = _packed(dtype), {name: _packed(each) for name, each in special.items()}
     sizes = {}
     if packed or any(bits.values()):
         both = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -99,13 +103,13 @@ def _rules(model: nn.Module, classes: frozenset[str], dtype: Any, special: Mappi
             width = bits[name] if name in special else packed if tensor.is_floating_point() else None
             if width:
                 sizes[name] = -(-tensor.numel() * width // 8)
-    dtypes = {name: _named(each) for name, each in special.items() if not bits[name]}
-    return BlockRules(
-        no_split_classes=classes,
-        dtype=None if dtype is None or packed else _named(dtype),
-        special_dtypes=dtypes,
-        special_bytes=sizes,
-    )
+    named = {name: _named(each) for name, each in special.items() if not bits[name]}
+    own = None if dtype is None or packed else _named(dtype)
+    return BlockRules(dtype=own, special_dtypes=named, special_bytes=sizes)
+
+
+def _packed(dtype: Any) -> int | None:
+    return _PACKED_BITS.get(getattr(dtype, "value", ""))
 
 
 def _named(dtype: Any) -> torch.dtype:
@@ -113,10 +117,3 @@ def _named(dtype: Any) -> torch.dtype:
     if not isinstance(named, torch.dtype):
         raise PlanError(refusal("dtype", found=repr(dtype), expected="a torch.dtype or its name", way_out="correct it"))
     return named
-
-
-def _print(plan: Plan) -> None:
-    for each in plan.placements:
-        names = " and ".join(key or "the whole model" for key in each.keys)
-        print(f"Putting {names} (size={each.num_bytes}) on {each.home}: {each.reason}.")
-    print(f"\n{plan}")

@@ -42,7 +42,10 @@ def keep_most_anywhere(problem: Problem, start: Solution | None) -> tuple[Soluti
     if start is not None and start.value >= bound:
         return start, bound
     best, proven = start, 0
-    mains = [problem.capacities.index(capacity) for capacity in dict.fromkeys(problem.capacities)]
+    if problem.main_is_first_used:
+        mains = list(range(len(problem.capacities)))
+    else:
+        mains = [problem.capacities.index(capacity) for capacity in dict.fromkeys(problem.capacities)]
     deadline = time.monotonic() + TIME_LIMIT_S
     for position, main in enumerate(mains):
         seconds = max(0.01, (deadline - time.monotonic()) / (len(mains) - position))
@@ -77,7 +80,7 @@ class _Programme:
         status = str(highs.getModelStatus())
         if "Infeasible" in status:
             return None, 0
-        dual = info.mip_dual_bound
+        dual = -info.mip_dual_bound  # HiGHS minimises
         proven = math.ceil(dual * self._unit * (1 + 1e-9)) if math.isfinite(dual) else sum(self._problem.weights)
         return found, proven
 
@@ -96,9 +99,10 @@ class _Programme:
         highs.setOptionValue("threads", 1)
         highs.setOptionValue("time_limit", seconds)
         highs.setOptionValue("mip_rel_gap", _GAP)
+        barred = self._main if problem.main_is_first_used else 0  # those listed before the main device stay empty
         for (_, _, _, value), members in classes:
-            for _ in range(num_devices):
-                highs.addCol(-value / unit, 0.0, len(members), 0, [], [])
+            for device in range(num_devices):
+                highs.addCol(-value / unit, 0.0, 0 if device < barred else len(members), 0, [], [])
         first_flag = len(classes) * num_devices
         for _ in classes:
             highs.addCol(0.0, 0.0, 1.0, 0, [], [])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lading.placement.ties import declared_ties
+from lading.placement.ties import declared_ties, input_embedding
 
 _USES_ITS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _PLAIN = (nn.Parameter, torch.Tensor)
@@ -41,6 +41,8 @@ class Block(NamedTuple):
     is_lookup: bool
     """An embedding table that shares its weight with nobody: rows can be gathered where it rests."""
     class_name: str
+    fetch_bytes: int | None = None
+    """What has to be on the execution device at once, where modules share tensors: the largest one's. None: all."""
 
     @property
     def total_bytes(self) -> int:
@@ -70,6 +72,8 @@ class _Part(NamedTuple):
     is_pinned: bool
     is_lookup: bool
     class_name: str
+    borrowed: list[int]
+    """The same for what another part has counted already."""
 
 
 def blocks_of(module: nn.Module, rules: BlockRules) -> tuple[Block, ...]:
@@ -77,7 +81,7 @@ def blocks_of(module: nn.Module, rules: BlockRules) -> tuple[Block, ...]:
 
     Tensors may be on any device or on meta. Nothing is changed. Any thread, while nobody alters the module.
     """
-    walk = _Walk(rules, declared_ties(module))
+    walk = _Walk(rules, declared_ties(module), module)
     walk.visit(module, "")
     return walk.join()
 
@@ -100,12 +104,16 @@ def declared_whole(module: nn.Module) -> frozenset[str]:
 class _Walk:
     """Collect the parts of one module tree, and who shares with whom. One thread."""
 
-    def __init__(self, rules: BlockRules, aliases: Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, rules: BlockRules, aliases: Mapping[int, torch.Tensor], root: nn.Module) -> None:
         self._rules = rules
         self._aliases = aliases
         self._parts: list[_Part] = []
         self._owners: dict[int, tuple[int, int]] = {}  # a tensor's bytes -> (the part they are counted in, how many)
         self._shares: list[tuple[int, int]] = []
+        self._spans: list[tuple[int, int, int, int, int]] = []  # real tensors: from, to, part, kind, bytes counted
+        self._borrowed = [0, 0]
+        self._names_its_table = hasattr(type(root), "get_input_embeddings")
+        self._table = input_embedding(root)
         self._weighs_by_name = bool(rules.special_dtypes or rules.special_bytes)
 
     def visit(self, module: nn.Module, path: str) -> bool:
@@ -124,9 +132,10 @@ class _Walk:
 
     def _add_whole(self, module: nn.Module, path: str) -> bool:
         position, sizes = len(self._parts), [0, 0]
+        self._borrowed = [0, 0]
         holds = self._gather(module, path, position, sizes)
         if holds:
-            self._parts.append(_Part((path,), sizes, False, False, type(module).__name__))
+            self._parts.append(_Part((path,), sizes, False, False, type(module).__name__, self._borrowed))
         return holds
 
     def _gather(self, module: nn.Module, path: str, position: int, sizes: list[int]) -> bool:
@@ -138,11 +147,18 @@ class _Walk:
 
     def _add_own(self, module: nn.Module, path: str, position: int, *, is_leaf: bool) -> None:
         sizes = [0, 0]
+        self._borrowed = [0, 0]
         self._count(module, path, position, sizes)
         prefix = f"{path}." if path else ""
         keys = (path,) if is_leaf else tuple(prefix + name for name in _own(module))
-        is_lookup = is_leaf and isinstance(module, nn.Embedding) and module.max_norm is None
-        self._parts[position] = _Part(keys, sizes, not is_leaf, is_lookup, type(module).__name__)
+        is_lookup = is_leaf and self._is_lookup(module)
+        is_pinned = not is_leaf or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        self._parts[position] = _Part(keys, sizes, is_pinned, is_lookup, type(module).__name__, self._borrowed)
+
+    def _is_lookup(self, module: nn.Module) -> bool:
+        """Say whether a module gathers rows. A model that names its input table may read its other tables whole."""
+        is_table = isinstance(module, nn.Embedding) and module.max_norm is None
+        return is_table and (not self._names_its_table or module is self._table)
 
     def _count(self, module: nn.Module, path: str, position: int, sizes: list[int]) -> bool:
         """Add a module's own tensors to a part's sizes; note which of them another part has already."""
@@ -155,9 +171,12 @@ class _Walk:
                 holds = True
                 num_bytes = self._weigh(module, path, name, tensor, kind)
                 identity = self._identify(tensor)
-                owner, counted = self._owners.get(identity, (position, 0))
+                owner, counted = self._owners.setdefault(identity, (position, 0))
                 if owner != position:
                     self._shares.append((owner, position))
+                    self._borrowed[kind] += num_bytes
+                elif identity < 0 and not counted:
+                    self._spans.append((-identity, tensor.nbytes - identity, position, kind, num_bytes))
                 if num_bytes > counted:  # also where a view of the same storage was met first
                     self._owners[identity] = owner, num_bytes
                     (sizes if owner == position else self._parts[owner].sizes)[kind] += num_bytes - counted
@@ -195,6 +214,7 @@ class _Walk:
 
     def join(self) -> tuple[Block, ...]:
         """Join the parts that share tensors, each at the place of its first part."""
+        self._share_overlaps()
         leaders = list(range(len(self._parts)))
 
         def leader(position: int) -> int:
@@ -214,6 +234,16 @@ class _Walk:
             for position, part in enumerate(self._parts)
             if leaders[position] == position
         )
+
+    def _share_overlaps(self) -> None:
+        """Find views that lie inside another tensor's bytes; these are counted there."""
+        end, holder = 0, -1
+        for start, stop, position, kind, num_bytes in sorted(self._spans, key=lambda span: (span[0], -span[1])):
+            if start < end:
+                self._shares.append((holder, position))
+                self._parts[position].sizes[kind] -= num_bytes * (min(stop, end) - start) // (stop - start)
+            if stop > end:
+                end, holder = stop, position
 
 
 def _own(module: nn.Module) -> list[str]:
@@ -240,7 +270,8 @@ def _joined(parts: Sequence[_Part]) -> Block:
     weights = sum(part.sizes[0] for part in movable)
     buffers = sum(part.sizes[1] for part in movable)
     pinned = sum(sum(part.sizes) for part in parts if part.is_pinned)
-    return Block(keys[0], keys, weights, buffers, pinned, False, parts[0].class_name)
+    fetched = min(weights, max(part.sizes[0] + part.borrowed[0] for part in movable))
+    return Block(keys[0], keys, weights, buffers, pinned, False, parts[0].class_name, fetched)
 
 
 def state_bytes(holder: Any) -> int:

@@ -61,6 +61,8 @@ def device_key(device: object) -> Device:
         return name
     try:
         parsed = torch.device(name)
+        if parsed.type == "meta":
+            raise RuntimeError("nothing rests on meta")
     except RuntimeError as error:
         expected = "an accelerator's index such as 0, 'cuda:0', 'mps', 'cpu' or 'disk'"
         raise PlanError(

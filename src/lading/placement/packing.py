@@ -10,16 +10,21 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
-MOST_SUMS = 20_000
+MOST_SUMS = 4_000
 
 
 def subset_sums(sizes: Sequence[int], limit: int) -> list[int] | None:
     """List every sum up to a limit that some of the sizes have, ascending; None when there are too many."""
     sums = {0}
     for size, count in Counter(size for size in sizes if size).items():
-        sums = {total + times * size for total in sums for times in range(count + 1) if total + times * size <= limit}
-        if len(sums) > MOST_SUMS:
-            return None
+        reached = sums
+        for _ in range(count):  # only from sums that are new: those known need fewer of this size
+            reached = {total + size for total in reached if total + size <= limit} - sums
+            sums = sums | reached
+            if len(sums) > MOST_SUMS:
+                return None
+            if not reached:
+                break
     return sorted(sums)
 
 
@@ -60,13 +65,14 @@ def _largest_first(sizes: Sequence[int], limit: int) -> list[int]:
 def _with_sum(sizes: Sequence[int], target: int) -> list[int]:
     """Find sizes with this sum, which some have: one kind of size after the other."""
     kinds = sorted(Counter(size for size in sizes if size).items())
-    reachable = [{0}]
-    for size, count in kinds:
-        before = reachable[-1]
-        reachable.append({t + n * size for t in before for n in range(count + 1) if t + n * size <= target})
+    before = [
+        subset_sums([size for size, count in kinds[:known] for _ in range(count)], target) or []
+        for known in range(len(kinds))
+    ]
     chosen: list[int] = []
-    for (size, count), before in zip(reversed(kinds), reversed(reachable[:-1]), strict=True):
-        times = next(n for n in range(count, -1, -1) if target - n * size in before)
+    for (size, count), reachable in zip(reversed(kinds), reversed(before), strict=True):
+        known = set(reachable)
+        times = next(n for n in range(count, -1, -1) if target - n * size in known)
         chosen += [size] * times
         target -= times * size
     return chosen

@@ -120,15 +120,10 @@ class Plan:
     def device_map(self) -> dict[str, Device]:
         """Give module names to devices, as accelerate's ``dispatch_model`` and ``from_pretrained`` take it.
 
-        A module all of whose blocks share a home stands for them. The main device comes first: accelerate runs what is
-        offloaded on the first accelerator of the map.
+        A module all of whose blocks share a home stands for them. Accelerate streams through the accelerator with the
+        lowest number that is used: a plan for ``runtime="accelerate"`` keeps its room there.
         """
-        full = {key: placement.home for placement in self.placements for key in placement.keys}
-        entries = list(_collapse(full))
-        first = next((home for _, home in entries if home not in ("cpu", "disk")), self.main_device)
-        if first != self.main_device:
-            entries.sort(key=lambda entry: entry[1] != self.main_device)
-        return dict(entries)
+        return dict(_collapse({key: placement.home for placement in self.placements for key in placement.keys}))
 
     @cached_property
     def bound(self) -> int:
@@ -245,7 +240,8 @@ class Plan:
         share = self.resident_bytes / self.total_bytes if self.total_bytes else 1.0
         proof = f"no placement keeps more than {format_bytes(self.bound)}, {self.gap:.1%} beyond this one"
         summary = (
-            f"{format_bytes(self.resident_bytes)} of {format_bytes(self.total_bytes)} ({share:.1%}) rest where they run; "
+            f"{format_bytes(self.resident_bytes)} of {format_bytes(self.total_bytes)} ({share:.1%}) rest where they "
+            "run; "
             f"{'no placement keeps more' if self.gap <= 0 else proof}."
         )
         if any(placement.is_streamed for placement in self.placements):

@@ -16,9 +16,10 @@ from lading.placement import advice, packing
 from lading.placement.blocks import Block
 from lading.placement.budget import Budget, Device
 from lading.placement.minimum import least, least_useful
-from lading.placement.optimum import Problem, Solution, cover, keep_most
+from lading.placement.optimum import Problem, Solution, cover
 from lading.placement.plan import DeviceUse, Placement, Plan
 from lading.placement.prediction import Speeds, predict
+from lading.placement.streaming import keep_most
 from lading.units import format_bytes
 
 STRATEGIES = ("contiguous", "any", "balanced", "sequential")
@@ -134,14 +135,20 @@ class _Planner:
     def _stages(self) -> tuple[_Stage, _Stage]:
         """Name the accelerators with host memory and the disk behind them, and the CPU with the disk behind it."""
         host_bytes, disk_bytes = self._budget.host_bytes, self._budget.disk_bytes
-        accelerators = _Stage(devices=tuple(self._budget.accelerators), host_bytes=host_bytes, disk_bytes=disk_bytes)
-        return accelerators, _Stage(devices=("cpu",), host_bytes=0, disk_bytes=disk_bytes)
+        usable = [device for device, size in self._budget.accelerators.items() if size and size >= self._overhead]
+        if self._request.runtime == "accelerate":  # it runs what is offloaded on the lowest number used
+            usable.sort(key=lambda device: (isinstance(device, str), device))
+        accelerators = _Stage(devices=tuple(usable), host_bytes=host_bytes, disk_bytes=disk_bytes)
+        cpu: tuple[Device, ...] = ("cpu",) if host_bytes >= self._overhead else ()
+        return accelerators, _Stage(devices=cpu, host_bytes=0, disk_bytes=disk_bytes)
 
     def _problem(self, stage: _Stage, num_copies: int) -> Problem:
         request = self._request
         is_lading = request.runtime == "lading"
         rooms = [
-            0 if is_lading and block.is_lookup else weight
+            0
+            if is_lading and block.is_lookup
+            else weight - block.weight_bytes + (block.fetch_bytes or block.weight_bytes)
             for block, weight in zip(self._blocks, self._weights, strict=True)
         ]
         budgets = {**self._budget.accelerators, "cpu": self._budget.host_bytes}
@@ -153,6 +160,7 @@ class _Planner:
             capacities=[budgets[device] - self._overhead for device in stage.devices],
             num_copies=num_copies,
             in_listed_order=request.strategy == "sequential",
+            main_is_first_used=not is_lading,  # which is what accelerate takes
         )
 
     def _solve(self, stage: _Stage) -> _Answer | None:
@@ -163,9 +171,8 @@ class _Planner:
             capacities = _leveled(problem)
         resident = cover(problem.totals, capacities, in_listed_order=problem.in_listed_order)
         if resident is not None:
-            return self._answer(
-                stage, problem, Solution(homes=tuple(resident), main=resident[0] if resident else 0, value=0)
-            )
+            main = 0 if not resident else min(resident) if problem.main_is_first_used else resident[0]
+            return self._answer(stage, problem, Solution(homes=tuple(resident), main=main, value=0))
         # two copies let one block be fetched while another runs; one, if nothing else will do
         for num_copies in (2, 1) if self._request.runtime == "lading" else (1,):
             problem = self._problem(stage, num_copies)
@@ -173,7 +180,8 @@ class _Planner:
                 answer = self._solve_any(stage, problem)
             else:
                 accept = None if stage.disk_bytes is None else partial(self._has_homes, stage)
-                answer = self._answer(stage, problem, keep_most(problem, accept))
+                found = keep_most(problem, accept)
+                answer = self._answer(stage, problem, None if found is None else self._filled(problem, found))
             if answer is not None:
                 return answer
         return None
@@ -186,6 +194,32 @@ class _Planner:
             return None
         answer = self._answer(stage, problem, found[0])
         return None if answer is None else dataclasses.replace(answer, solver_bound=found[1])
+
+    def _filled(self, problem: Problem, solution: Solution) -> Solution:
+        """Fill what is left of the main device with streamed blocks: they run there anyway, so no change is added."""
+        homes, main = list(solution.homes), solution.main
+        while True:
+            streamed = [home is None for home in homes]
+            away = [weight if each else 0 for weight, each in zip(problem.weights, streamed, strict=True)]
+            room = max((room for room, each in zip(problem.rooms, streamed, strict=True) if each), default=0)
+            here = [home in (None, main) for home in homes]
+            taken = sum(total for total, each in zip(problem.totals, here, strict=True) if each) - sum(away)
+            left = problem.capacities[main] - taken - problem.num_copies * room
+            worth = [value if each else 0 for value, each in zip(problem.values, streamed, strict=True)]
+            chosen = self._choose(worth, away, left)
+            if not any(size and each for size, each in zip(away, chosen, strict=True)):
+                return dataclasses.replace(solution, homes=tuple(homes))
+            homes = [main if size and each else home for home, size, each in zip(homes, away, chosen, strict=True)]
+
+    @staticmethod
+    def _choose(first: Sequence[int], sizes: Sequence[int], limit: int) -> list[bool]:
+        """Choose sizes for a limited room: of those that are worth their size, then of the others."""
+        preferred = [size if worth else 0 for worth, size in zip(first, sizes, strict=True)]
+        one = packing.choose(preferred, limit) or [False] * len(sizes)
+        left = limit - sum(size for size, chosen in zip(preferred, one, strict=True) if chosen)
+        others = [size - each for size, each in zip(sizes, preferred, strict=True)]
+        two = packing.choose(others, left) or [False] * len(sizes)
+        return [a and b for a, b in zip(one, two, strict=True)]
 
     def _answer(self, stage: _Stage, problem: Problem, solution: Solution | None) -> _Answer | None:
         """Give what is streamed a home in host memory or on disk; None where these are too small."""
@@ -200,15 +234,10 @@ class _Planner:
             for size, home, weight in zip(self._at_home, solution.homes, self._weights, strict=True)
         ]
         least_in_host = 0 if stage.disk_bytes is None else max(0, sum(streamed) - stage.disk_bytes)
-        if self._request.runtime == "lading" and stage.host_bytes:  # what is fetched gains most by being near
-            fetched = [0 if block.is_lookup else size for block, size in zip(self._blocks, streamed, strict=True)]
-            tables = [size - each for size, each in zip(streamed, fetched, strict=True)]
-            first = packing.choose(fetched, stage.host_bytes) or []
-            left = stage.host_bytes - sum(size for size, chosen in zip(fetched, first, strict=True) if chosen)
-            second = packing.choose(tables, left) or []
-            both = [one and other for one, other in zip(first, second, strict=True)]
-            if sum(size for size, chosen in zip(streamed, both, strict=True) if chosen) >= least_in_host:
-                return both
+        is_fetched = [not block.is_lookup or self._request.runtime == "accelerate" for block in self._blocks]
+        near = self._choose(is_fetched, streamed, stage.host_bytes)  # what is fetched gains most by being near
+        if sum(size for size, chosen in zip(streamed, near, strict=True) if chosen) >= least_in_host:
+            return near
         return packing.choose(streamed, stage.host_bytes, least_in_host)
 
     def _has_homes(self, stage: _Stage, solution: Solution) -> bool:
@@ -307,11 +336,17 @@ class _Planner:
         if not accelerators or (not away and answer.stage.devices[0] in accelerators):
             return []
         on_cpu = answer.stage.devices == ("cpu",)
-        problem = self._problem(self._stages()[0], 1)
+        stage = self._stages()[0]
+        problem = self._problem(stage, 1)
         holds = {use.device: use.used_bytes for use in uses}
+        needs: dict[int, int | None] = {}  # equal accelerators need the same
         written = []
         for device, size in accelerators.items():
-            need = None if holds.get(device) else self._least_to_be_used(device, problem)
+            if holds.get(device):
+                continue
+            if size not in needs:
+                needs[size] = self._least_to_be_used(device, problem)
+            need = needs[size]
             if need is not None:
                 written.append(
                     f"device {device!r} got nothing: with {need:,} bytes ({format_bytes(need)}) it would hold a block, "
@@ -320,9 +355,9 @@ class _Planner:
         few = advice.few_missing_for_all(problem)
         if few is not None:
             index, more = few
-            what = f"{format_bytes(away)} are streamed" if not on_cpu else "the model runs on the CPU"
+            what = "the model runs on the CPU" if on_cpu else f"{format_bytes(away)} are streamed"
             written.append(
-                f"{what}: with {more:,} bytes ({format_bytes(more)}) more on device {[*accelerators][index]!r} every "
+                f"{what}: with {more:,} bytes ({format_bytes(more)}) more on device {stage.devices[index]!r} every "
                 "block would be resident"
             )
         return written

@@ -9,6 +9,7 @@ object already, or share their storage, need no declaration: `blocks` sees that 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,10 +47,12 @@ def _pairs(module: nn.Module) -> Iterator[tuple[torch.Tensor | None, torch.Tenso
 
 
 def _ties_are_wanted(module: nn.Module) -> bool:
+    """Ask the configuration of the text decoder, as transformers does."""
     config: Any = getattr(module, "config", None)
-    text_config = getattr(config, "get_text_config", lambda: config)()
-    answers = [getattr(each, "tie_word_embeddings", None) for each in (config, text_config)]
-    return any(answers) or answers == [None, None]
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    wanted: bool = getattr(config, "tie_word_embeddings", True)
+    return wanted
 
 
 def _by_patterns(
@@ -66,9 +69,11 @@ def _by_patterns(
 
 
 def _by_list(module: nn.Module, names: list[str]) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    get_embeddings = getattr(module, "get_input_embeddings", None)
-    embedding = getattr(get_embeddings(), "weight", None) if get_embeddings else None
+    embedding = getattr(input_embedding(module), "weight", None)
     tensors = dict(module.named_parameters(remove_duplicate=False))
+    identities = Counter(map(id, tensors.values()))
+    if any(identities[id(tensors[name])] > 1 for name in names if name in tensors):
+        return  # it was tied when it was built
     for listed in names:
         for name, tensor in tensors.items():
             if name != listed and not re.search(listed, name):
@@ -78,6 +83,15 @@ def _by_list(module: nn.Module, names: list[str]) -> Iterator[tuple[torch.Tensor
                 yield tensor, tensors[bias]
             elif tensor is not embedding:
                 yield tensor, embedding
+
+
+def input_embedding(module: nn.Module) -> nn.Module | None:
+    """Find the table that a transformers model gathers its input from; None where it has none or does not say."""
+    try:
+        found: Any = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
