@@ -121,7 +121,8 @@ def least_for_all_tried(totals: list[int], num_devices: int) -> int:
 
 @given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 5))
 def test_least_for_all_any_sizes_is_the_least(totals, num_devices):
-    found = least_for_all(totals, num_devices)
+    zeros = [0] * len(totals)
+    found = least_for_all(Problem(weights=totals, fixed=zeros, rooms=totals, values=totals, capacities=[]), num_devices)
 
     assert found == least_for_all_tried(totals, num_devices)
     assert cover(totals, [found] * num_devices) is not None
@@ -185,7 +186,7 @@ def planned(request: Request, memory: dict) -> Plan:
 
 @given(requests(), st.integers(1, 3))
 def test_minimum_all_resident_works_and_one_byte_less_does_not(request_, num_devices):
-    least_bytes = least_for_all([b.total_bytes for b in request_.blocks], num_devices) + request_.overhead["margin"]
+    least_bytes = planned(request_, {"cpu": 10_000}).minimum.all_resident[num_devices]
 
     def is_kept(size: int) -> bool:
         plan = planned(request_, {**dict.fromkeys(range(num_devices), size), "cpu": 10_000})

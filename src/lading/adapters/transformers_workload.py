@@ -118,7 +118,8 @@ def _forward(tracer: Tracer, inputs: dict[str, Any], is_cached: bool) -> Trace:
     """Run a forward; where it keeps no cache unless generation made one, with that."""
     trace = tracer.forward(**_accepted(tracer.module, inputs))
     if is_cached and next(_tensors(_given(trace.output, _CACHES)), None) is None:
-        made: dict[str, Any] = tracer.module.prepare_inputs_for_generation(**inputs)
+        model: Any = tracer.module
+        made: dict[str, Any] = model.prepare_inputs_for_generation(**inputs)
         trace = tracer.forward(**_accepted(tracer.module, made))
     return trace
 

@@ -108,9 +108,9 @@ class _Walk:
         self._rules = rules
         self._aliases = aliases
         self._parts: list[_Part] = []
-        self._owners: dict[int, tuple[int, int]] = {}  # a tensor's bytes -> (the part they are counted in, how many)
+        self._owners: dict[int, tuple[int, int, int]] = {}  # a tensor -> the part it is counted in, bytes, kind
         self._shares: list[tuple[int, int]] = []
-        self._spans: list[tuple[int, int, int, int, int]] = []  # real tensors: from, to, part, kind, bytes counted
+        self._spans: dict[int, tuple[int, int, int, int, int]] = {}  # real ones: from, to, part, kind, bytes counted
         self._borrowed = [0, 0]
         self._names_its_table = hasattr(type(root), "get_input_embeddings")
         self._table = input_embedding(root)
@@ -148,11 +148,11 @@ class _Walk:
     def _add_own(self, module: nn.Module, path: str, position: int, *, is_leaf: bool) -> None:
         sizes = [0, 0]
         self._borrowed = [0, 0]
-        self._count(module, path, position, sizes)
+        is_pinned = not is_leaf or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        self._count(module, path, position, sizes, is_pinned=is_pinned)
         prefix = f"{path}." if path else ""
         keys = (path,) if is_leaf else tuple(prefix + name for name in _own(module))
         is_lookup = is_leaf and self._is_lookup(module)
-        is_pinned = not is_leaf or isinstance(module, (nn.ParameterList, nn.ParameterDict))
         self._parts[position] = _Part(keys, sizes, is_pinned, is_lookup, type(module).__name__, self._borrowed)
 
     def _is_lookup(self, module: nn.Module) -> bool:
@@ -160,8 +160,13 @@ class _Walk:
         is_table = isinstance(module, nn.Embedding) and module.max_norm is None
         return is_table and (not self._names_its_table or module is self._table)
 
-    def _count(self, module: nn.Module, path: str, position: int, sizes: list[int]) -> bool:
-        """Add a module's own tensors to a part's sizes; note which of them another part has already."""
+    def _count(
+        self, module: nn.Module, path: str, position: int, sizes: list[int], *, is_pinned: bool = False
+    ) -> bool:
+        """Add a module's own tensors to a part's sizes; note which of them another part has already.
+
+        What a pinned part shares is counted there: it stays where the model runs, whoever else reads it.
+        """
         holds = False
         both: tuple[Mapping[str, torch.Tensor | None], ...] = (module._parameters, module._buffers)
         for kind, tensors in enumerate(both):
@@ -171,14 +176,17 @@ class _Walk:
                 holds = True
                 num_bytes = self._weigh(module, path, name, tensor, kind)
                 identity = self._identify(tensor)
-                owner, counted = self._owners.setdefault(identity, (position, 0))
+                owner, counted, first_kind = self._owners.setdefault(identity, (position, 0, kind))
                 if owner != position:
                     self._shares.append((owner, position))
                     self._borrowed[kind] += num_bytes
-                elif identity < 0 and not counted:
-                    self._spans.append((-identity, tensor.nbytes - identity, position, kind, num_bytes))
+                    if is_pinned and not self._parts[owner].is_pinned:
+                        self._parts[owner].sizes[first_kind] -= counted
+                        num_bytes, owner, counted = max(num_bytes, counted), position, 0
+                if identity < 0 and owner == position and not counted:
+                    self._spans[identity] = (-identity, tensor.nbytes - identity, position, kind, num_bytes)
                 if num_bytes > counted:  # also where a view of the same storage was met first
-                    self._owners[identity] = owner, num_bytes
+                    self._owners[identity] = owner, num_bytes, kind
                     (sizes if owner == position else self._parts[owner].sizes)[kind] += num_bytes - counted
         return holds
 
@@ -238,7 +246,8 @@ class _Walk:
     def _share_overlaps(self) -> None:
         """Find views that lie inside another tensor's bytes; these are counted there."""
         end, holder = 0, -1
-        for start, stop, position, kind, num_bytes in sorted(self._spans, key=lambda span: (span[0], -span[1])):
+        spans = sorted(self._spans.values(), key=lambda span: (span[0], -span[1]))
+        for start, stop, position, kind, num_bytes in spans:
             if start < end:
                 self._shares.append((holder, position))
                 self._parts[position].sizes[kind] -= num_bytes * (min(stop, end) - start) // (stop - start)

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 from lading.placement.optimum import Problem, prefix_sums
+from lading.placement.streaming import keep_most
 
 
-def least_for_all(totals: Sequence[int], num_devices: int) -> int:
-    """Give the least budget with which each of several equal devices holds one run and together they hold all."""
+def least_for_all(problem: Problem, num_devices: int) -> int:
+    """Give the least budget with which several equal devices together keep everything resident."""
+    totals = problem.totals
     sums = prefix_sums(totals)
 
-    def suffices(budget: int) -> bool:
+    def runs_suffice(budget: int) -> bool:
         start = 0
         for _ in range(num_devices):
             start = bisect_right(sums, sums[start] + budget) - 1
         return start == len(totals)
 
-    return least(suffices, max(totals, default=0), sums[-1])
+    by_runs = least(runs_suffice, max(totals, default=0), sums[-1])
+    if num_devices == 1 or all(problem.weights):
+        return by_runs
+    # what has no weight may also rest on the main device, away from its neighbours
+    never = sums[-1] * num_devices + 1
+    rooms = [never if weight else 0 for weight in problem.weights]
+
+    def suffices(budget: int) -> bool:
+        return keep_most(replace(problem, rooms=rooms, capacities=[budget] * num_devices)) is not None
+
+    return least(lambda budget: runs_suffice(budget) or suffices(budget), -(-sums[-1] // num_devices), by_runs)
 
 
 def least_useful(problem: Problem) -> int:

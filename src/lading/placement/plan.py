@@ -155,9 +155,9 @@ class Plan:
     @cached_property
     def minimum(self) -> MinimumMemory:
         """Give the least budgets that work for this model and workload."""
-        totals, devices = self.problem.totals, {1, 2, 4, 8, max(1, len(self.problem.capacities))}
+        devices = {1, 2, 4, 8, max(1, len(self.problem.capacities))}
         return MinimumMemory(
-            all_resident={k: least_for_all(totals, k) + self.overhead_bytes for k in sorted(devices)},
+            all_resident={k: least_for_all(self.problem, k) + self.overhead_bytes for k in sorted(devices)},
             useful=least_useful(self.problem) + self.overhead_bytes,
         )
 

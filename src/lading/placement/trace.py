@@ -182,11 +182,11 @@ def _leaving(watch: _Watch) -> Callable[..., None]:
     return leave
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See every call below autograd: compute what is known, bound what is not, note storages."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.weights: dict[int, torch.UntypedStorage] = {}
         self.live: dict[int, Allocation] = {}
         self.events: list[tuple[Allocation, int]] = []
@@ -237,7 +237,8 @@ class _Watch(TorchDispatchMode):
         if func is _aten.nonzero.default:
             return _positions(args[0])
         if func is _aten.masked_select.default:
-            return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+            both = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+            return args[0].new_empty(both.numel())
         if func is _aten.index.Tensor:
             args = (args[0], [column for index in args[1] for column in self._columns(index)])
         if func.name() == "aten::_grouped_mm" and (args[0].dim(), args[1].dim()) == (2, 3):

@@ -1,0 +1,139 @@
+"""The memory beside the weights is what transformers allocates: caches to the byte, scores, and the order of calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from lading.adapters.transformers_workload import call_order, memory_terms
+from lading.errors import PlanError
+from lading.placement.workload import Workload
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+DECODERS = {
+    "llama, grouped queries": ("llama", {**SMALL, "num_key_value_heads": 2}),
+    "mistral, sliding window": ("mistral", {**SMALL, "num_key_value_heads": 2, "sliding_window": 8}),
+    "gemma2, every other layer slides": (
+        "gemma2",
+        {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    ),
+    "deepseek_v3, latent": (
+        "deepseek_v3",
+        {
+            **SMALL,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "gpt2": ("gpt2", {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+}
+
+
+def cache_bytes(cache):
+    """Add up the storages of a cache of either version; a sliding window is a view that keeps all of its prompt."""
+    tensors, seen = [], set()
+    pending = [cache]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, torch.Tensor):
+            tensors.append(found)
+        elif isinstance(found, (list, tuple)):
+            pending.extend(found)
+        elif found is not None and hasattr(found, "__dict__") and id(found) not in seen:
+            seen.add(id(found))
+            pending.extend(vars(found).values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_cache_is_that_of_a_real_forward_to_the_byte(name):
+    kind, fields = DECODERS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+    ids = torch.randint(10, 99, (2, 24))
+    with torch.no_grad():
+        out = model(input_ids=ids, use_cache=True)
+    terms = memory_terms(model, Workload(batch_size=2, num_tokens=24))
+    assert sum(terms.kv_cache.values()) == cache_bytes(out.past_key_values) > 0
+    assert len(terms.kv_cache) == len({*terms.kv_cache})
+    assert terms.source["kv_cache"] == "traced"
+    assert terms.logits == out.logits.nbytes
+
+
+def test_cache_after_generation_counts_new_tokens_and_heeds_its_dtype():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODERS["llama, grouped queries"][1]))
+    each = 2 * 2 * 2 * 8 * 4  # keys and values, batch, heads, width, float32
+    terms = memory_terms(model, Workload(batch_size=2, num_tokens=24, new_tokens=8))
+    assert set(terms.kv_cache.values()) == {each * 32}
+    halved = memory_terms(model, Workload(batch_size=2, num_tokens=24, new_tokens=8, kv_dtype="bfloat16"))
+    assert set(halved.kv_cache.values()) == {each * 32 // 2}
+    assert terms.logits < 2 * 24 * 99 * 4  # generation keeps the last token's only
+    none = memory_terms(model, Workload(batch_size=2, num_tokens=24, use_cache=False))
+    assert not sum(none.kv_cache.values())
+
+
+def test_cache_belongs_to_the_layer_that_fills_it():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODERS["llama, grouped queries"][1]))
+    owners = memory_terms(model, Workload(num_tokens=8)).kv_cache
+    assert {".".join(owner.split(".")[:3]) for owner in owners} == {f"model.layers.{layer}" for layer in range(4)}
+
+
+def test_encoder_decoder_counts_both_caches():
+    config = AutoConfig.for_model(
+        "t5", vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    ids = torch.randint(10, 99, (2, 24))
+    with torch.no_grad():
+        out = model(input_ids=ids, decoder_input_ids=ids, use_cache=True)
+    terms = memory_terms(model, Workload(batch_size=2, num_tokens=24))
+    assert sum(terms.kv_cache.values()) == cache_bytes(out.past_key_values) > 0
+
+
+def test_terms_on_meta_are_those_of_the_real_model():
+    config = AutoConfig.for_model("llama", **DECODERS["llama, grouped queries"][1])
+    real = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    workload = Workload(batch_size=2, num_tokens=16)
+    assert memory_terms(empty, workload) == memory_terms(real, workload)
+
+
+def test_order_is_that_of_calls():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODERS["llama, grouped queries"][1]))
+    order = call_order(model)
+    places = [order.index(name) for name in ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head")]
+    assert places == sorted(places)  # the rotary embedding is registered last in the body
+
+
+def test_a_model_without_known_inputs_is_refused_by_name():
+    class Odd(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+        main_input_name = "smells"
+
+        def forward(self, smells):
+            return smells
+
+    with pytest.raises(PlanError, match="smells"):
+        call_order(Odd(transformers.LlamaConfig(**SMALL)))
