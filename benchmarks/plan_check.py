@@ -162,7 +162,7 @@ def check(
     faults: dict[str, str] = {}
     used_devices = list(dict.fromkeys(device_map.values()))
     if main is None:
-        main = next((device for device in used_devices if device not in ("cpu", "disk")), "cpu")
+        main = next(iter(set(used_devices) - {"cpu", "disk"}), "cpu")  # as accelerate 1.15 does in dispatch_model
     tiers = ("disk",) if main == "cpu" else ("cpu", "disk")
     homes, uncovered = {}, []
     for each in inventory.held:
@@ -235,6 +235,12 @@ def home_of(name: str, device_map: Mapping[str, Device]) -> Device | None:
 
 
 # The best there could have been
+
+
+def named_alone(plan: Any, inventory: Inventory) -> int:
+    """Count tensors that a split module shares with a streamed block: the map sends them along, the plan keeps them."""
+    keys = {key for placement in plan.placements if placement.is_streamed for key in placement.keys}
+    return sum({each.identity: each.num_bytes for each in inventory.held if each.name in keys}.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

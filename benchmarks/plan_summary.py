@@ -108,8 +108,6 @@ def _complaints(problem: Any, planners: Sequence[str]) -> Iterator[dict[str, str
                 reasons.append("a plan where none was thought to exist")
             if kept < best.kept_bytes and best.is_decided:
                 reasons.append(f"keeps {kept:,} of {best.kept_bytes:,} bytes that a contiguous plan can keep")
-            if name == "lading" and problem.is_single and kept > best.kept_bytes >= 0:
-                reasons.append(f"keeps {kept:,} bytes, more than the contiguous optimum {best.kept_bytes:,}")
             if best.is_whole and not finding.is_whole:
                 reasons.append("streams, though everything fits")
             if kept and kept != outcome.resident_bytes:

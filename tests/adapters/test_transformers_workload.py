@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from architectures import AVAILABLE, MAJOR, ids
 from lading.adapters.transformers_workload import call_order, memory_terms
 from lading.errors import PlanError
 from lading.placement.workload import Workload
@@ -57,8 +60,8 @@ def cache_bytes(cache):
         found = pending.pop()
         if isinstance(found, torch.Tensor):
             tensors.append(found)
-        elif isinstance(found, (list, tuple)):
-            pending.extend(found)
+        elif isinstance(found, (list, tuple, dict)):
+            pending.extend(found.values() if isinstance(found, dict) else found)
         elif found is not None and hasattr(found, "__dict__") and id(found) not in seen:
             seen.add(id(found))
             pending.extend(vars(found).values())
@@ -79,6 +82,63 @@ def test_cache_is_that_of_a_real_forward_to_the_byte(name):
     assert len(terms.kv_cache) == len({*terms.kv_cache})
     assert terms.source["kv_cache"] == "traced"
     assert terms.logits == out.logits.nbytes
+
+
+GENERATORS = ("llama", "mistral", "gemma2", "gemma3_text", "deepseek_v3", "llava", "t5", "bart", "whisper", "jamba",
+    "bamba", "falcon_h1", "qwen3_next")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_cache_is_that_of_a_real_generation_to_the_byte(name):
+    architecture = next(each for each in AVAILABLE if each.name == name)
+    model, prompt = architecture.build(), ids(12)
+    given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if name == "whisper":
+        given = {"input_features": architecture.inputs()["input_features"], "decoder_input_ids": prompt}
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**given, **settings, pad_token_id=0)
+    terms = memory_terms(model, Workload(batch_size=2, num_tokens=12, new_tokens=5))  # the sixth is never fed back
+    assert terms.source["kv_cache"] == "traced"
+    assert sum(terms.kv_cache.values()) == cache_bytes(out.past_key_values) > 0
+    config = model.config.get_text_config(decoder=True)
+    assert len([owner for owner in terms.kv_cache if any(map(str.isdigit, owner))]) == config.num_hidden_layers
+
+
+def test_cache_that_a_forward_does_not_give_is_refused_or_none():
+    architecture = next(each for each in AVAILABLE if each.name == "recurrent_gemma")
+    model = architecture.build()
+    if "past_key_values" in inspect.signature(model.forward).parameters:  # transformers 5: kept from its caller
+        with pytest.raises(PlanError, match="RecurrentGemmaForCausalLM: found no cache"):
+            memory_terms(model, Workload(num_tokens=12))
+    else:  # transformers 4: kept in the modules, and counted among the activations
+        assert MAJOR == 4
+        assert memory_terms(model, Workload(num_tokens=12)).kv_cache == {}
+
+
+def test_attention_that_holds_its_scores_counts_them():
+    length, peaks = 256, {}
+    for kind in ("sdpa", "eager"):
+        config = AutoConfig.for_model("llama", **{**SMALL, "num_key_value_heads": 2}, attn_implementation=kind)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=kind)
+        peaks[kind] = memory_terms(model, Workload(num_tokens=length)).activations
+    assert peaks["eager"] - peaks["sdpa"] > 4 * length * length * 4  # heads × tokens × tokens, float32
+    assert peaks["sdpa"] < 4 * length * length * 4
+
+
+def test_terms_of_a_model_that_cannot_be_traced_are_bounds_from_its_configuration():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODERS["llama, grouped queries"][1]))
+    workload = Workload(batch_size=2, num_tokens=24, new_tokens=8)
+    traced = memory_terms(model, workload)
+
+    def ask(*, hidden_states, **_):
+        return hidden_states if hidden_states.sum().item() else -hidden_states
+
+    model.model.layers[0].forward = lambda hidden_states, **_: ask(hidden_states=hidden_states)
+    told = memory_terms(model, workload)
+    assert told.source["kv_cache"].startswith("configuration: LlamaForCausalLM, module 'model.layers.0'")
+    assert told.kv_cache == traced.kv_cache
+    assert told.logits == traced.logits
+    assert told.activations >= traced.activations
 
 
 def test_cache_after_generation_counts_new_tokens_and_heeds_its_dtype():

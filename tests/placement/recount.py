@@ -91,12 +91,13 @@ def units_of(module: nn.Module, whole: Collection[str] = ()) -> list[Unit]:
     order = _registration_order(module)
     units: dict[int, Unit] = {}
     rooms: dict[str, dict[int, int]] = {}
+    stay = {id(tensors[name]) for name, (_, is_split) in holders.items() if is_split}
     for name in sorted(tensors, key=lambda name: (not holders[name][1], order.index(name))):
         path, is_split = holders[name]
         unit = units.setdefault(groups[path], Unit([]))
         unit.names.append(name)
         size = tensors[name].numel() * tensors[name].element_size()
-        if not is_split and name not in buffers:
+        if not is_split and name not in buffers and id(tensors[name]) not in stay:
             rooms.setdefault(path, {})[id(tensors[name])] = size
         if seen.pop(id(tensors[name]), None) is None:
             continue  # counted already: under its first name, or where a module that is split holds it

@@ -616,6 +616,7 @@ def test_balanced_equal_devices_share_equally():
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.lists(st.integers(1, 40), min_size=1, max_size=3))
+@example([1, 3, 10, 12, 12, 1], [3, 37])
 def test_sequential_follows_the_list(sizes, rooms):
     memory = {**dict(enumerate(rooms)), "cpu": 1000}
     plan = planned(sizes, memory, strategy="sequential")
@@ -648,6 +649,7 @@ def warned(plan: Plan) -> Iterator[tuple[str, Any, int]]:
     st.sampled_from(RUNTIMES),
     st.sampled_from(["contiguous", "sequential", "balanced"]),
 )
+@example([1, 2], [1, 1], 0, "lading", "sequential")
 def test_warning_numbers_are_exact(sizes, rooms, margin, runtime, strategy):
     """What is named really changes it, and one byte less does not."""
     memory: Memory = {**dict(enumerate(rooms)), "cpu": 10_000}

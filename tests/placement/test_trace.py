@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from architectures import AVAILABLE
 from lading.errors import PlanError
 from lading.placement.trace import tracing
 
@@ -85,6 +86,24 @@ def test_trace_peak_is_that_of_a_real_forward(module, shape):
         assert tracer.forward(torch.zeros(shape)).peak_bytes() == pytest.approx(measured, rel=0.02)
 
 
+SAME = ("bert", "llama", "gemma2", "t5", "vit", "wav2vec2", "clip", "deepseek_v2", "mamba", "jamba", "llava")
+BOUND = ("mixtral", "gpt_oss", "switch_transformers", "dbrx")  # all tokens go to the same experts
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", SAME + BOUND)
+def test_trace_peak_of_an_architecture_is_that_of_a_real_forward(name):
+    architecture = next(each for each in AVAILABLE if each.name == name)
+    model, inputs = architecture.build(), architecture.inputs()
+    given = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in inputs.values()}
+    with torch.no_grad(), Counting([*model.parameters(), *model.buffers(), *inputs.values()]) as counting:
+        model(**inputs)
+    measured = counting.peak + sum(given.values())
+    with tracing(model) as tracer:
+        traced = tracer.forward(**{key: value.clone() for key, value in inputs.items()}).peak_bytes()
+    assert measured <= traced <= measured * (1.3 if name in BOUND else 1.0)
+
+
 def test_trace_order_is_that_of_first_calls():
     with tracing(Crossed()) as tracer:
         trace = tracer.forward(torch.zeros(5, 4))
@@ -99,6 +118,17 @@ def test_trace_of_fused_attention_counts_no_matrix_of_scores():
     with tracing(Attention()) as tracer:
         fused = tracer.forward(torch.zeros(1, 2, 4096, 8)).peak_bytes()
     assert fused < 2 * 4096 * 4096 * 4 / 10
+
+
+def test_trace_of_fused_attention_with_narrow_values_counts_no_matrix_of_scores():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return functional.scaled_dot_product_attention(x, x, x[..., :4])
+
+    with tracing(Attention()) as tracer:
+        trace = tracer.forward(torch.zeros(1, 2, 4096, 8))
+    assert trace.output.shape == (1, 2, 4096, 4)
+    assert trace.peak_bytes() == 2 * 4096 * (8 + 4) * 4
 
 
 def test_trace_leaves_the_module_as_it_was_and_keeps_nothing_of_it():

@@ -11,6 +11,7 @@ Images have the configured size, else 224 pixels a side; generating models that 
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ from lading.placement.workload import MemoryTerms, Workload
 
 _CACHES = ("past_key_values", "cache_params", "state")
 """The names under which models take and give what they keep between tokens."""
+
+_LAYER = re.compile(r".*?\.\d+(?=\.|$)")
+"""The name of a layer, at the head of the names inside it."""
 
 
 def call_order(model: Any) -> tuple[str, ...]:
@@ -72,11 +76,12 @@ class _Phase:
         return sum(allocation.num_bytes for allocation in self.logits)
 
     def cache_bytes(self, dtype: torch.dtype | str | None = None) -> Counter[str]:
-        """Count the cache by owner, floats as if they had the given type."""
+        """Count the cache by the layer that owns it, floats as if they had the given type."""
         sizes: Counter[str] = Counter()
         for allocation, held in self.cache.items():
             kept = dtype if isinstance(dtype, torch.dtype) and held.is_floating_point else held
-            sizes[allocation.owner] += allocation.num_bytes * kept.itemsize // held.itemsize
+            layer = _LAYER.match(allocation.owner)
+            sizes[layer[0] if layer else allocation.owner] += allocation.num_bytes * kept.itemsize // held.itemsize
         return sizes
 
 
@@ -120,7 +125,16 @@ def _forward(tracer: Tracer, inputs: dict[str, Any], is_cached: bool) -> Trace:
     if is_cached and next(_tensors(_given(trace.output, _CACHES)), None) is None:
         model: Any = tracer.module
         made: dict[str, Any] = model.prepare_inputs_for_generation(**inputs)
-        trace = tracer.forward(**_accepted(tracer.module, made))
+        trace = tracer.forward(**_accepted(model, made))
+        if next(_tensors(_given(trace.output, _CACHES)), None) is None:
+            raise PlanError(
+                refusal(
+                    type(model).__name__,
+                    found="no cache in what its forward gives",
+                    expected=f"one under {' or '.join(_CACHES)}",
+                    way_out="plan with use_cache=False and leave room for the cache in max_memory",
+                )
+            )
     return trace
 
 

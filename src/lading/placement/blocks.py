@@ -160,9 +160,7 @@ class _Walk:
         is_table = isinstance(module, nn.Embedding) and module.max_norm is None
         return is_table and (not self._names_its_table or module is self._table)
 
-    def _count(
-        self, module: nn.Module, path: str, position: int, sizes: list[int], *, is_pinned: bool = False
-    ) -> bool:
+    def _count(self, module: nn.Module, path: str, position: int, sizes: list[int], *, is_pinned: bool = False) -> bool:
         """Add a module's own tensors to a part's sizes; note which of them another part has already.
 
         What a pinned part shares is counted there: it stays where the model runs, whoever else reads it.

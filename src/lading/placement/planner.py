@@ -234,6 +234,8 @@ class _Planner:
             for size, home, weight in zip(self._at_home, solution.homes, self._weights, strict=True)
         ]
         least_in_host = 0 if stage.disk_bytes is None else max(0, sum(streamed) - stage.disk_bytes)
+        if least_in_host > stage.host_bytes:
+            return None
         is_fetched = [not block.is_lookup or self._request.runtime == "accelerate" for block in self._blocks]
         near = self._choose(is_fetched, streamed, stage.host_bytes)  # what is fetched gains most by being near
         if sum(size for size, chosen in zip(streamed, near, strict=True) if chosen) >= least_in_host:

@@ -24,6 +24,7 @@ from lading.placement.optimum import Left, Order, Problem, Solution, prefix_sums
 
 _Label = tuple[int, int, Any]
 """What a suffix can be worth: value, the main device's balance, and the runs as a linked list."""
+_MOST_ASKED = 32
 _Table = list[list[_Label]]
 """For each position the labels of the suffix that begins there, none matched by another in both numbers."""
 
@@ -35,8 +36,9 @@ def keep_most(problem: Problem, accept: Callable[[Solution], bool] | None = None
 
     Args:
         problem: what to place.
-        accept: whether what a solution streams finds a home. Where that is a question, every run of a single
-            accelerator is asked about, and of several accelerators those runs that are worth most.
+        accept: whether what a solution streams finds a home. Where that is a question, the most valuable runs of a
+            single accelerator are asked about, for each size of the largest streamed block; of several accelerators
+            those that are worth most.
     """
     search = _Search(problem, accept)
     for room in search.rooms():
@@ -104,7 +106,7 @@ class _Search:
                     self._try_every_run(run.spare)
 
     def _try_every_run(self, spare: int) -> None:
-        """Ask about every run of the only accelerator, the most valuable first."""
+        """Ask about runs of the only accelerator, the most valuable first."""
         blocked = [position for position, may in enumerate(self.may_stream) if not may]
         first, last = (blocked[0], blocked[-1] + 1) if blocked else (self.num_blocks - 1, 1)
         weights, values = self.weights, self.values
@@ -114,7 +116,7 @@ class _Search:
             for end in range(max(last, start + 1), self.num_blocks + 1)
             if 0 < weights[end] - weights[start] <= spare
         ]
-        for value, start, end in sorted(runs, reverse=True):
+        for value, start, end in sorted(runs, reverse=True)[:_MOST_ASKED]:
             if value <= self.best_value:
                 return
             found = self._solution(value, (True, 0, -start, end, None), 0)
@@ -206,7 +208,7 @@ class _MainRun:
             enough = search.best_value - min(values[start], search.usable - behind)  # what goes before adds no more
             if min(values[-1] - values[start], behind) <= enough:
                 continue
-            least = -spare - fixed[start]
+            least = -spare - min(fixed[start], search.usable - behind)  # nor more fixed bytes
             found = self._runs(start, rest)
             for kind, ends, after, alone in options:
                 end = ends[start]
@@ -232,9 +234,9 @@ class _MainRun:
         """List what the main device's run from here is worth with what follows, the longest first."""
         weights, values = self._search.weights, self._search.values
         found: list[_Label] = []
-        longest = min(
-            bisect_right(weights, weights[start] + self.spare + self._search.fixed[-1]) - 1, self._search.num_blocks
-        )
+        fixed = self._search.fixed[-1]
+        most = weights[start] + self.spare + min(fixed, self._search.usable - self.spare - fixed)
+        longest = min(bisect_right(weights, most) - 1, self._search.num_blocks)
         for end in range(longest, start, -1):
             gained, taken = values[end] - values[start], weights[end] - weights[start]
             if not taken or not rest[end]:

@@ -155,7 +155,7 @@ def _weightless(module: nn.Module) -> nn.Module:
                 memo[id(value)] = OrderedDict()
     try:
         with unset_fake_temporarily():
-            return copy.deepcopy(module, memo)
+            twin = copy.deepcopy(module, memo)
     except Exception as error:
         raise PlanError(
             refusal(
@@ -165,6 +165,9 @@ def _weightless(module: nn.Module) -> nn.Module:
                 way_out="plan before anything is attached to the module",
             )
         ) from error
+    for part in twin.modules():  # whose code would not attach its hooks again
+        vars(part).update((key, False) for key in tuple(vars(part)) if key.endswith("_hooks_installed"))
+    return twin
 
 
 def _entering(watch: _Watch, name: str) -> Callable[..., None]:
