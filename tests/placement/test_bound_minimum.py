@@ -188,12 +188,13 @@ def planned(request: Request, memory: dict) -> Plan:
 def test_minimum_all_resident_works_and_one_byte_less_does_not(request_, num_devices):
     least_bytes = planned(request_, {"cpu": 10_000}).minimum.all_resident[num_devices]
 
-    def is_kept(size: int) -> bool:
-        plan = planned(request_, {**dict.fromkeys(range(num_devices), size), "cpu": 10_000})
+    def is_kept(size: int, strategy: str = "contiguous") -> bool:
+        asked = dataclasses.replace(request_, strategy=strategy)
+        plan = planned(asked, {**dict.fromkeys(range(num_devices), size), "cpu": 10_000})
         return all(placement.home not in ("cpu", "disk") for placement in plan.placements)
 
     assert is_kept(least_bytes)
-    assert not is_kept(least_bytes - 1)
+    assert not is_kept(least_bytes - 1, "sequential")  # runs alone, which are never filled up with other blocks
 
 
 def request_of(weights: list[int]) -> Request:

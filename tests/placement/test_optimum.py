@@ -45,16 +45,6 @@ def test_keep_most_small_problems_keeps_what_the_best_placement_keeps(problem):
         assert ours.value == value_of(problem, ours.homes) == best[0]
 
 
-@given(problems())
-@example(problem_of([1, 1, 1, 1, 2, 2], [3, 3]))
-def test_keep_most_equal_values_has_the_earliest_listed_main_device(problem):
-    assume(do_not_fit(problem))
-    ours, best = keep_most(problem), best_contiguous(problem)
-
-    if ours is not None and best is not None:
-        assert ours.main == best[1]
-
-
 @given(problems(), st.integers(0, 2), st.integers(1, 5))
 def test_keep_most_more_memory_never_keeps_less(problem, device, more):
     device = min(device, len(problem.capacities) - 1)

@@ -53,6 +53,16 @@ def choose(sizes: Sequence[int], limit: int, least: int = 0) -> list[bool] | Non
     return chosen if sum(wanted) >= least else None
 
 
+def choose_by_worth(worths: Sequence[int], sizes: Sequence[int], limit: int) -> list[bool]:
+    """Choose sizes for a limited room: first of those that are worth something, then of the others."""
+    preferred = [size if worth else 0 for worth, size in zip(worths, sizes, strict=True)]
+    one = choose(preferred, limit) or [False] * len(sizes)
+    left = limit - sum(size for size, chosen in zip(preferred, one, strict=True) if chosen)
+    others = [size - each for size, each in zip(sizes, preferred, strict=True)]
+    two = choose(others, left) or [False] * len(sizes)
+    return [a and b for a, b in zip(one, two, strict=True)]
+
+
 def _largest_first(sizes: Sequence[int], limit: int) -> list[int]:
     chosen = []
     for size in sorted(sizes, reverse=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +77,7 @@ class MinimumMemory:
     """The least budgets that work, exact to the byte, everything reserved included. Immutable."""
 
     all_resident: Mapping[int, int]
-    """For a number of equal devices, the budget of each with which all blocks are resident."""
+    """For a number of equal devices, the budget of each with which runs of neighbours hold all blocks."""
     useful: int
     """The budget of a single device with which it keeps a block and can stream the rest."""
 
@@ -155,10 +155,11 @@ class Plan:
     @cached_property
     def minimum(self) -> MinimumMemory:
         """Give the least budgets that work for this model and workload."""
+        problem = replace(self.problem, num_copies=1)  # a fact about the model, not about the room it was given
         devices = {1, 2, 4, 8, max(1, len(self.problem.capacities))}
         return MinimumMemory(
-            all_resident={k: least_for_all(self.problem, k) + self.overhead_bytes for k in sorted(devices)},
-            useful=least_useful(self.problem) + self.overhead_bytes,
+            all_resident={k: least_for_all(problem, k) + self.overhead_bytes for k in sorted(devices)},
+            useful=least_useful(problem) + self.overhead_bytes,
         )
 
     def explain(self) -> dict[str, Any]:

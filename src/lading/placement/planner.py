@@ -198,7 +198,7 @@ class _Planner:
     def _filled(self, problem: Problem, solution: Solution) -> Solution:
         """Fill what is left of the main device with streamed blocks: they run there anyway, so no change is added."""
         homes, main = list(solution.homes), solution.main
-        while True:
+        while not problem.in_listed_order:
             streamed = [home is None for home in homes]
             away = [weight if each else 0 for weight, each in zip(problem.weights, streamed, strict=True)]
             room = max((room for room, each in zip(problem.rooms, streamed, strict=True) if each), default=0)
@@ -206,20 +206,11 @@ class _Planner:
             taken = sum(total for total, each in zip(problem.totals, here, strict=True) if each) - sum(away)
             left = problem.capacities[main] - taken - problem.num_copies * room
             worth = [value if each else 0 for value, each in zip(problem.values, streamed, strict=True)]
-            chosen = self._choose(worth, away, left)
+            chosen = packing.choose_by_worth(worth, away, left)
             if not any(size and each for size, each in zip(away, chosen, strict=True)):
                 return dataclasses.replace(solution, homes=tuple(homes))
             homes = [main if size and each else home for home, size, each in zip(homes, away, chosen, strict=True)]
-
-    @staticmethod
-    def _choose(first: Sequence[int], sizes: Sequence[int], limit: int) -> list[bool]:
-        """Choose sizes for a limited room: of those that are worth their size, then of the others."""
-        preferred = [size if worth else 0 for worth, size in zip(first, sizes, strict=True)]
-        one = packing.choose(preferred, limit) or [False] * len(sizes)
-        left = limit - sum(size for size, chosen in zip(preferred, one, strict=True) if chosen)
-        others = [size - each for size, each in zip(sizes, preferred, strict=True)]
-        two = packing.choose(others, left) or [False] * len(sizes)
-        return [a and b for a, b in zip(one, two, strict=True)]
+        return solution
 
     def _answer(self, stage: _Stage, problem: Problem, solution: Solution | None) -> _Answer | None:
         """Give what is streamed a home in host memory or on disk; None where these are too small."""
@@ -237,7 +228,9 @@ class _Planner:
         if least_in_host > stage.host_bytes:
             return None
         is_fetched = [not block.is_lookup or self._request.runtime == "accelerate" for block in self._blocks]
-        near = self._choose(is_fetched, streamed, stage.host_bytes)  # what is fetched gains most by being near
+        near = packing.choose_by_worth(
+            is_fetched, streamed, stage.host_bytes
+        )  # what is fetched gains most by being near
         if sum(size for size, chosen in zip(streamed, near, strict=True) if chosen) >= least_in_host:
             return near
         return packing.choose(streamed, stage.host_bytes, least_in_host)
@@ -341,14 +334,16 @@ class _Planner:
         stage = self._stages()[0]
         problem = self._problem(stage, 1)
         holds = {use.device: use.used_bytes for use in uses}
-        needs: dict[int, int | None] = {}  # equal accelerators need the same
+        needs: dict[Device, int | None] = {}
+        is_ordered = self._request.runtime == "accelerate" or self._request.strategy == "sequential"
         written = []
         for device, size in accelerators.items():
             if holds.get(device):
                 continue
-            if size not in needs:
-                needs[size] = self._least_to_be_used(device, problem)
-            need = needs[size]
+            alike = device if is_ordered else f"any of {size} bytes"  # without an order, equal ones need the same
+            if alike not in needs:
+                needs[alike] = self._least_to_be_used(device, problem)
+            need = needs[alike]
             if need is not None:
                 written.append(
                     f"device {device!r} got nothing: with {need:,} bytes ({format_bytes(need)}) it would hold a block, "

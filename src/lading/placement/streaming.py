@@ -32,7 +32,7 @@ _Table = list[list[_Label]]
 def keep_most(problem: Problem, accept: Callable[[Solution], bool] | None = None) -> Solution | None:
     """Keep the most value resident where blocks may be streamed; None when no accelerator can keep anything.
 
-    Of equal values the one whose main device is listed first, with the earliest runs.
+    Of equal values the first that is met: with the smallest room for fetching, and runs that begin early.
 
     Args:
         problem: what to place.
