@@ -228,9 +228,7 @@ class _Planner:
         if least_in_host > stage.host_bytes:
             return None
         is_fetched = [not block.is_lookup or self._request.runtime == "accelerate" for block in self._blocks]
-        near = packing.choose_by_worth(
-            is_fetched, streamed, stage.host_bytes
-        )  # what is fetched gains most by being near
+        near = packing.choose_by_worth(is_fetched, streamed, stage.host_bytes)  # fetched blocks gain most by being near
         if sum(size for size, chosen in zip(streamed, near, strict=True) if chosen) >= least_in_host:
             return near
         return packing.choose(streamed, stage.host_bytes, least_in_host)
@@ -286,7 +284,7 @@ class _Planner:
         )
 
     def _uses(self, answer: _Answer, runs_on: Sequence[Device], rests_on: Sequence[Device]) -> tuple[DeviceUse, ...]:
-        """Add up every device again, from the placements alone, and check the sums against the budget."""
+        """Add up every device again, from where blocks run and rest, and check the sums against the budget."""
         budgets = self._budget.sizes()
         used = dict.fromkeys(budgets, 0)
         reserved: dict[Device, dict[str, int]] = {device: {} for device in budgets}
