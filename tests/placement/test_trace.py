@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +37,8 @@ class Counting(TorchDispatchMode):
 
     def __init__(self, kept):
         super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in kept}
+        self.kept = [tensor.untyped_storage() for tensor in kept]  # alive, so that no other takes its place
+        self.known = {storage._cdata for storage in self.kept}
         self.live, self.peak, self.now = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -87,8 +89,7 @@ def test_trace_peak_is_that_of_a_real_forward(module, shape):
 
 
 SAME = ("bert", "llama", "gemma2", "t5", "vit", "wav2vec2", "clip", "deepseek_v2", "mamba", "jamba", "llava")
-BOUND = ("mixtral", "gpt_oss", "dbrx")  # all tokens go to the same experts
-# switch_transformers casts its router inside forward, which torch refuses for a fake weight that a weakref still holds
+BOUND = ("mixtral", "gpt_oss", "switch_transformers", "dbrx")  # all tokens go to the same experts
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -96,6 +97,7 @@ BOUND = ("mixtral", "gpt_oss", "dbrx")  # all tokens go to the same experts
 def test_trace_peak_of_an_architecture_is_that_of_a_real_forward(name):
     architecture = next(each for each in AVAILABLE if each.name == name)
     model, inputs = architecture.build(), architecture.inputs()
+    FakeTensorMode.cache_clear()  # what it saw before decides whether it keeps weak references
     given = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in inputs.values()}
     with torch.no_grad(), Counting([*model.parameters(), *model.buffers(), *inputs.values()]) as counting:
         model(**inputs)
@@ -109,6 +111,24 @@ def test_trace_order_is_that_of_first_calls():
     with tracing(Crossed()) as tracer:
         trace = tracer.forward(torch.zeros(5, 4))
     assert trace.call_order == ("", "body", "head")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trace_of_a_forward_that_casts_its_own_weights_is_that_of_a_real_one(dtype):
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32))
+
+        def forward(self, x):
+            return self.gate.to(dtype)(x.to(dtype)).float()
+
+    module = Casting().eval()
+    FakeTensorMode.cache_clear()  # the first calls in a process leave weak references to fake weights
+    with tracing(module) as tracer:
+        traced = [tracer.forward(torch.zeros(64, 4)).peak_bytes() for _ in range(2)]
+    assert {tensor.dtype for tensor in module.parameters()} == {torch.float32}
+    assert traced == [pytest.approx(real_peak(module, torch.randn(64, 4)), rel=0.02)] * 2
 
 
 def test_trace_of_fused_attention_counts_no_matrix_of_scores():

@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,7 +168,24 @@ def _weightless(module: nn.Module) -> nn.Module:
         ) from error
     for part in twin.modules():  # whose code would not attach its hooks again
         vars(part).update((key, False) for key in tuple(vars(part)) if key.endswith("_hooks_installed"))
+        if type(part)._apply is nn.Module._apply:
+            vars(part)["_apply"] = partial(_convert, part)
     return twin
+
+
+def _convert(part: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Do what ``.to`` does to a module, for code that casts itself inside forward.
+
+    torch would swap a fake parameter's content with the new one's, which it refuses while weak references to either
+    exist; its own fake mode keeps some, to those tensors alone that it made on the first call of a kind in a process.
+    """
+    for child in part.children() if recurse else ():
+        child._apply(change)  # type: ignore[no-untyped-call]
+    for name, tensor in part._parameters.items():
+        if tensor is not None and (changed := change(tensor)) is not tensor:
+            part._parameters[name] = nn.Parameter(changed, requires_grad=False)
+    part._buffers.update((name, change(tensor)) for name, tensor in part._buffers.items() if tensor is not None)
+    return part
 
 
 def _entering(watch: _Watch, name: str) -> Callable[..., None]:
