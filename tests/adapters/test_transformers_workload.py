@@ -187,6 +187,44 @@ def test_order_is_that_of_calls():
     assert places == sorted(places)  # the rotary embedding is registered last in the body
 
 
+REFUSED = {
+    "kosmos2": "found a forward that cannot run",  # where its image stands among the text
+    "lxmert": "visual_feats",  # as many regions as somebody found in a picture
+    "moonshine": "input 'input_values': found no rule",  # its encoder's strides are in its code
+    "pix2struct": "input 'flattened_patches': found no rule",  # as many as its processor cuts
+    "vits": "DataDependentOutputException",  # it asks whether durations are within bounds
+}
+# what a codec, a masked model with any `inputs`, a decoder of spectra and so on are given
+GIVEN = ("perceiver", "bart-classifier", "speecht5", "encodec", "dac", "mimi", "clap", "instructblip", "layoutlmv3",
+    "speech_encoder_decoder", "musicgen", "switch_transformers", "nllb_moe", *REFUSED)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, id=each.name, marks=() if each.name in GIVEN else pytest.mark.full) for each in AVAILABLE],
+)
+def test_order_and_terms_of_any_architecture_are_traced_or_refused_by_name(architecture):
+    model, kept = architecture.build(), Workload(batch_size=2, num_tokens=8, use_cache=False)
+    if architecture.name in REFUSED:
+        reason = f"{architecture.model_class}.*{REFUSED[architecture.name]}"
+        with pytest.raises(PlanError, match=reason):
+            call_order(model)
+        with pytest.raises(PlanError, match=reason):  # or told from the configuration, and why
+            raise PlanError(memory_terms(model, kept).source["activations"])
+        return
+    order, called = call_order(model), {}
+    assert memory_terms(model, kept).source["activations"] == "traced"
+    generating = Workload(batch_size=2, num_tokens=8, new_tokens=3)
+    if model.can_generate() and architecture.name != "recurrent_gemma":
+        assert memory_terms(model, generating).source["kv_cache"] == "traced"
+    for name, part in model.named_modules():
+        part.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+    with torch.no_grad():
+        architecture.run(model)
+    assert [name for name in order if name in called] == [name for name in called if name in order]
+
+
 def test_a_model_without_known_inputs_is_refused_by_name():
     class Odd(transformers.PreTrainedModel):
         config_class = transformers.LlamaConfig

@@ -5,22 +5,24 @@ with padding crosses a weightless copy of the model, then, where tokens are gene
 large as it will be. Caches are counted where modules really leave them, so grouped heads, compressed latents, sliding
 windows and recurrent states need no formula. Only a model that cannot be traced is estimated from its configuration.
 
-Images have the configured size, else 224 pixels a side; generating models that also see or hear get text alone.
+Images have the configured size, else 224 pixels a side; generating models that also see or hear get text alone. A model
+whose configuration does not tell the size of an input that it needs is refused: how many regions a picture has, how
+many samples a token of speech.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import BaseModelOutput
 
 from lading.errors import PlanError, refusal
 from lading.placement.trace import Allocation, Trace, Tracer, tracing
@@ -91,6 +93,7 @@ def _traced(model: Any, workload: Workload) -> MemoryTerms:
     prompt = 1 if new_tokens and model.config.is_encoder_decoder and has_text else num_tokens  # what is continued
     options = {"use_cache": is_cached, **({"logits_to_keep": 1} if new_tokens else {})}
     with tracing(model) as tracer:
+        encoded = _encoded(tracer.module) if is_cached and new_tokens else {}
 
         def prefill(length: int) -> Trace:
             source = num_tokens if model.config.is_encoder_decoder else length
@@ -99,7 +102,7 @@ def _traced(model: Any, workload: Workload) -> MemoryTerms:
         phases = [_phase(tracer, prefill(prompt if is_cached else prompt + new_tokens), new_tokens)]
         if is_cached and new_tokens:
             output = prefill(prompt + new_tokens - 1).output
-            step = _next_token(model, output, rows, num_tokens, prompt + new_tokens)
+            step = _next_token(model, output, rows, num_tokens, prompt + new_tokens) | encoded
             old = tracer.allocations(_tensors(_given(output, _CACHES)))
             del output
             phases.append(_phase(tracer, _forward(tracer, {**step, **options}, is_cached), new_tokens, old))
@@ -117,6 +120,14 @@ def _traced(model: Any, workload: Workload) -> MemoryTerms:
         ),
         source=dict.fromkeys(("kv_cache", "logits", "activations"), "traced"),
     )
+
+
+def _encoded(model: Any) -> dict[str, Any]:
+    """Keep the latest output of an encoder as the argument with which generation gives it to the decoder again."""
+    kept: dict[str, Any] = {}
+    if model.config.is_encoder_decoder:
+        model.get_encoder().register_forward_hook(lambda *call: kept.update(encoder_outputs=call[-1]))
+    return kept
 
 
 def _forward(tracer: Tracer, inputs: dict[str, Any], is_cached: bool) -> Trace:
@@ -189,19 +200,43 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 
 def _inputs(model: Any, rows: int, num_tokens: int, decoder_tokens: int) -> dict[str, torch.Tensor]:
     """Make one batch, the last row padded where there are several."""
-    config, main = model.config, model.main_input_name
     known = inspect.signature(model.forward).parameters
+    config, main = model.config, _main_input(model, known)
     inputs: dict[str, torch.Tensor] = {}
     if main == "input_ids" or ("input_ids" in known and not config.is_encoder_decoder):
         inputs["input_ids"], mask = _ids(config, rows, num_tokens), torch.ones(rows, num_tokens, dtype=torch.long)
         mask[1:, 0] = 0
         inputs["attention_mask"] = mask
+        end = _setting(config, "eos_token_id")
+        if config.is_encoder_decoder and not model.can_generate() and isinstance(end, int):
+            inputs["input_ids"][:, -1] = end  # where a classifier of sequences reads
+    texts = (name for name, each in known.items() if name.endswith("_input_ids") and each.default is each.empty)
+    inputs.update((name, _ids(config, rows, num_tokens)) for name in texts)  # a second text, of a Q-Former
     for name in [main, *(() if model.can_generate() else ("pixel_values", "input_features"))]:
         if name not in inputs and name in known:
             inputs[name] = _signal(model, name, rows, num_tokens)
     if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _ids(config, rows, decoder_tokens)
+        inputs.update(_decoder_inputs(model, rows, decoder_tokens))
     return inputs
+
+
+def _main_input(model: Any, known: Collection[str]) -> str:
+    """Name the main input; where that is ``inputs``, which may be anything, by what it stands for."""
+    main: str = model.main_input_name
+    if main != "inputs":
+        return main
+    encoder = getattr(model.get_encoder(), "main_input_name", "") if model.config.is_encoder_decoder else ""
+    names = (name for name in (encoder, "input_ids", "pixel_values", "input_values", "input_features") if name in known)
+    return next(names, main)
+
+
+def _decoder_inputs(model: Any, rows: int, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Make what the decoder of an encoder-decoder continues: spectra, or ids, a row for each codebook."""
+    if "decoder_input_values" in inspect.signature(model.forward).parameters:
+        bins = _setting(model.config, "num_mel_bins")
+        return {"decoder_input_values": torch.zeros(rows, num_tokens, bins, dtype=model.dtype)}
+    rows *= _setting(model.config, "num_codebooks", default=1)
+    return {"decoder_input_ids": _ids(model.config, rows, num_tokens)}
 
 
 def _ids(config: Any, rows: int, num_tokens: int) -> torch.Tensor:
@@ -219,18 +254,22 @@ def _signal(model: Any, name: str, rows: int, num_tokens: int) -> torch.Tensor:
     """
     config, has = model.config, vars(model.config).__contains__
     bins = _setting(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
-    frames, shape = _setting(config, "max_source_positions"), None
+    frames, ratio, shape = _setting(config, "max_source_positions"), _setting(config, "inputs_to_logits_ratio"), None
     if name == "pixel_values":
-        side = _setting(config, "image_size", default=224)
+        side = _setting(config, "image_size", "input_size", default=224)
         frames = [config.num_frames] if has("num_frames") else []  # a video
         sides = side if isinstance(side, (list, tuple)) else (side, side)
         shape = [rows, *frames, _setting(config, "num_channels", default=3), *sides]
+    elif name == "input_features" and bins and (side := _setting(config, "spec_size")):  # cut into squares
+        shape = [rows, 1, side * (side // bins), bins]
     elif name == "input_features" and bins:
         shape = [rows, bins, 2 * frames] if has("num_mel_bins") and frames else [rows, num_tokens, bins]
     elif name == "input_values" and has("num_mel_bins"):
         shape = [rows, config.max_length, bins]
-    elif name == "input_values" and hasattr(config, "inputs_to_logits_ratio"):
-        shape = [rows, num_tokens * config.inputs_to_logits_ratio]
+    elif name == "input_values" and ratio:
+        shape = [rows, num_tokens * ratio]
+    elif name == "input_values" and has("upsampling_ratios"):  # a codec
+        shape = [rows, getattr(config, "audio_channels", 1), num_tokens * math.prod(config.upsampling_ratios)]
     if shape is None:
         raise PlanError(
             refusal(
@@ -249,14 +288,12 @@ def _next_token(model: Any, output: Any, rows: int, num_tokens: int, length: int
     mask = torch.ones(rows, num_tokens if is_seq2seq else length, dtype=torch.long)
     mask[1:, 0] = 0
     step = {
-        "decoder_input_ids" if is_seq2seq else "input_ids": _ids(model.config, rows, 1),
+        **(_decoder_inputs(model, rows, 1) if is_seq2seq else {"input_ids": _ids(model.config, rows, 1)}),
         "cache_position": torch.arange(length - 1, length),
         **{name: _given(output, (name,)) for name in _CACHES},
     }
     if model.main_input_name == "input_ids" and step["cache_params"] is None:  # Mamba's own cache takes no mask
         step["attention_mask"] = mask
-    if is_seq2seq:
-        step["encoder_outputs"] = BaseModelOutput(last_hidden_state=output["encoder_last_hidden_state"])
     return step
 
 
