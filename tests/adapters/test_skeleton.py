@@ -8,10 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,40 +18,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lading
-from architectures import AVAILABLE, MAJOR, Architecture, sample
+from architectures import MAJOR, Architecture
 from lading.adapters.model_request import ModelRequest
 from lading.adapters.skeleton import Skeleton, describe_module, skeleton_of
 from lading.checkpoint.locate import Source
 from lading.placement.blocks import BlockRules, blocks_of
+from zoo import BY_NAME, EVERY, QUIET, Directory, named_tensors, ties
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The `device` argument is deprecated:FutureWarning:transformers"),
-]
-
-SAMPLE = sample()
-EVERY = [
-    pytest.param(architecture, id=architecture.name, marks=[] if architecture in SAMPLE else [pytest.mark.full])
-    for architecture in AVAILABLE
-]
-BY_NAME = {architecture.name: architecture for architecture in AVAILABLE}
+pytestmark = QUIET
 DTYPES = ["auto", torch.float32, torch.bfloat16, torch.float16, None]
-Directory = Callable[[Architecture], Path]
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Directory:
-    """Return a function that saves an architecture's seeded model once per session and returns the directory."""
-    root, made = tmp_path_factory.mktemp("skeletons"), {}
-
-    def save(architecture: Architecture) -> Path:
-        if architecture.name not in made:
-            directory = root / architecture.name
-            architecture.build().save_pretrained(directory)
-            made[architecture.name] = directory
-        return made[architecture.name]
-
-    return save
 
 
 def skeleton(path: Path | str, **options) -> Skeleton:
@@ -62,25 +34,9 @@ def skeleton(path: Path | str, **options) -> Skeleton:
     return skeleton_of(ModelRequest(source=Source(path_or_repo_id=str(path)), **options))
 
 
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all parameters and buffers, each under all of its names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
 def where(tensor: torch.Tensor) -> tuple:
     """Return what two tensors with the same bytes have in common, also on meta."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
-
-
-def ties(model: nn.Module, key: Callable[[torch.Tensor], Any] = id) -> set[frozenset[str]]:
-    """Return the groups of names that are one tensor, or one by another key."""
-    groups = defaultdict(set)
-    for name, tensor in named_tensors(model).items():
-        groups[key(tensor)].add(name)
-    return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
 def facts(model: nn.Module) -> dict[str, tuple]:

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,39 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lading
-from architectures import ARCHITECTURES, AVAILABLE, FAMILIES, MAJOR, Architecture, sample
+from architectures import ARCHITECTURES, AVAILABLE, FAMILIES, MAJOR, Architecture
+from zoo import BY_NAME, EVERY, QUIET, SAMPLE, Directory, named_tensors, tensors, ties
 
-pytestmark = [
-    # transformers 4.57 under torch 2.13: TorchScript, `device`, indices in a list
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The `device` argument is deprecated:FutureWarning:transformers"),
-    pytest.mark.filterwarnings(
-        "ignore:Using a non-tuple sequence for multidimensional:UserWarning:transformers.models"
-    ),
-]
-
-SAMPLE = sample()
-EVERY = [
-    pytest.param(architecture, id=architecture.name, marks=[] if architecture in SAMPLE else [pytest.mark.full])
-    for architecture in AVAILABLE
-]
-BY_NAME = {architecture.name: architecture for architecture in AVAILABLE}
-Directory = Callable[[Architecture], Path]
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Directory:
-    """Return a function that saves an architecture's seeded model once per session and returns the directory."""
-    root, made = tmp_path_factory.mktemp("zoo"), {}
-
-    def save(architecture: Architecture) -> Path:
-        if architecture.name not in made:
-            directory = root / architecture.name
-            architecture.build().save_pretrained(directory)
-            made[architecture.name] = directory
-        return made[architecture.name]
-
-    return save
+pytestmark = QUIET
 
 
 def reference(model_class: type, directory: Path, *, dtype: str | torch.dtype = "auto") -> transformers.PreTrainedModel:
@@ -85,41 +55,6 @@ def kind(module: nn.Module) -> str:
 def plain_values(module: nn.Module) -> dict[str, Any]:
     """Return the module's attributes that are numbers, strings and the like."""
     return {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str, type(None)))}
-
-
-def tensors(
-    value: Any, path: str = "outputs", seen: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor inside nested outputs, caches included, with its path."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif id(value) in seen:
-        return
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}.{key}", seen | {id(value)})
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from tensors(inner, f"{path}[{index}]", seen | {id(value)})
-    elif type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__"):
-        yield from tensors(vars(value), path, seen | {id(value)})
-
-
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all parameters and buffers, each under all of its names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def ties(model: nn.Module, key: Callable[[torch.Tensor], int]) -> set[frozenset[str]]:
-    """Return the groups of names that `key` maps to one value."""
-    groups = defaultdict(set)
-    for name, tensor in named_tensors(model).items():
-        if tensor.numel():
-            groups[key(tensor)].add(name)
-    return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
 def tensor_differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> Iterator[str]:

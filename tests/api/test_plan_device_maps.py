@@ -12,7 +12,6 @@ alone on the disk is enough to fail; an architecture that has no such plan is sk
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,17 @@ import transformers
 from torch import nn
 
 import lading
-from architectures import AVAILABLE, MAJOR, Architecture, sample
+from architectures import MAJOR, Architecture
 from lading.placement.plan import Placement
+from zoo import BY_NAME, EVERY, QUIET, tensors
 
 pytestmark = [
     pytest.mark.needs("accelerate"),
     # tensors that a module holds beside its children are no modules; accelerate's own maps have such names too
     pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules:UserWarning"),
     pytest.mark.filterwarnings("ignore::lading.placement.plan.PlanWarning"),
-    # transformers 4.57 under torch 2.13
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The `device` argument is deprecated:FutureWarning:transformers"),
-    pytest.mark.filterwarnings(
-        "ignore:Using a non-tuple sequence for multidimensional:UserWarning:transformers.models"
-    ),
+    *QUIET,
 ]
-
-SAMPLE = sample()
-EVERY = [
-    pytest.param(architecture, id=architecture.name, marks=[] if architecture in SAMPLE else [pytest.mark.full])
-    for architecture in AVAILABLE
-]
-BY_NAME = {architecture.name: architecture for architecture in AVAILABLE}
 
 SHARES = tuple(part / 40 for part in range(20, 40))
 """What the CPU may hold of a model; the first with which a plan exists is taken."""
@@ -127,20 +115,6 @@ def with_a_part_on_disk(architecture: Architecture, model: nn.Module, *, by_tran
             return plan
     assert refused, "no plan leaves anything on the disk"
     return pytest.skip(f"every plan leaves {sorted(refused)} on the disk, which this runtime cannot")
-
-
-def tensors(value: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor inside nested outputs, caches included."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}.{key}", seen)
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from tensors(inner, f"{path}[{index}]", seen)
-    elif type(value).__module__.startswith("transformers.") and hasattr(value, "__dict__") and id(value) not in seen:
-        yield from tensors(vars(value), path, seen | {id(value)})
 
 
 def outputs(architecture: Architecture, model: nn.Module) -> dict[str, torch.Tensor]:
