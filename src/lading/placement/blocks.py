@@ -191,6 +191,9 @@ class _Walk:
     def _identify(self, tensor: torch.Tensor) -> int:
         if self._aliases:
             tensor = self._aliases.get(id(tensor), tensor)
+        if tensor.is_meta and type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+            address: int = tensor.untyped_storage()._cdata  # buffers share by it; of parameters loading parts it again
+            return address if not tensor.storage_offset() else id(tensor)
         if tensor.is_meta or tensor.layout is not torch.strided:
             return id(tensor)
         try:
