@@ -1,8 +1,12 @@
-"""Read and write sizes. GiB = 2**30 bytes. Knows no other file of the package."""
+"""Read and write sizes, and names of element types. GiB = 2**30 bytes. Knows no other file of the package."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -48,3 +52,20 @@ def parse_bytes(size: int | float | str) -> int:
     if isinstance(size, bool) or not hasattr(size, "__int__") or not 0 <= float(size) < float("inf"):
         raise ValueError(f"{size!r} is no number of bytes")
     return int(size)
+
+
+def parse_dtype(dtype: Any) -> torch.dtype:
+    """Read an element type: a ``torch.dtype``, or its name with or without ``torch.``.
+
+    Raises:
+        ValueError: it is no element type and no name of one.
+
+    >>> parse_dtype("bfloat16"), parse_dtype("torch.int8")
+    (torch.bfloat16, torch.int8)
+    """
+    import torch
+
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{dtype!r} is no torch.dtype and no name of one, such as 'bfloat16'")  # noqa: TRY004 - most often a name
+    return found

@@ -22,6 +22,7 @@ from lading.placement.budget import Device, budget_of
 from lading.placement.hardware import free_memory
 from lading.placement.plan import PlanWarning
 from lading.placement.planner import Request, make_plan
+from lading.units import parse_dtype
 
 _PACKED_BITS = {"fp8": 8, "int4": 4, "int2": 2}
 """The members of ``accelerate.utils.CustomDtype``, by value: bits of one number."""
@@ -113,7 +114,8 @@ def _packed(dtype: Any) -> int | None:
 
 
 def _named(dtype: Any) -> torch.dtype:
-    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype):
-        raise PlanError(refusal("dtype", found=repr(dtype), expected="a torch.dtype or its name", way_out="correct it"))
-    return named
+    try:
+        return parse_dtype(dtype)
+    except ValueError as error:
+        expected = "a torch.dtype or its name"
+        raise PlanError(refusal("dtype", found=repr(dtype), expected=expected, way_out="correct it")) from error

@@ -23,6 +23,7 @@ from lading.checkpoint.readahead import start_readahead
 from lading.checkpoint.report import LoadReport
 from lading.errors import PlanError, refusal
 from lading.names import Rename
+from lading.units import parse_dtype
 
 PathOrRepoId = str | os.PathLike[str]
 
@@ -108,12 +109,12 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         0
     """
     refuse_zero_init()
-    source = Source(
-        path_or_repo_id=os.fspath(path_or_repo_id),
+    source = source_of(
+        path_or_repo_id,
         revision=revision,
         subfolder=subfolder,
         variant=variant,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=cache_dir,
         local_files_only=local_files_only,
         token=token,
     )
@@ -184,7 +185,7 @@ def load_into(  # noqa: PLR0913 - as for load
         >>> report = lading.load_into(net, "net.safetensors", rename={"model": ""})  # doctest: +SKIP
     """
     refuse_zero_init()
-    source = Source(path_or_repo_id=os.fspath(path_or_repo_id), revision=revision, subfolder=subfolder)
+    source = source_of(path_or_repo_id, revision=revision, subfolder=subfolder)
     catalog = open_catalog(source)
     mappings = map_catalog(catalog)
     if readahead and not copy:
@@ -194,6 +195,12 @@ def load_into(  # noqa: PLR0913 - as for load
     if guard and not copy:
         _guard(module, catalog)
     return report
+
+
+def source_of(path_or_repo_id: PathOrRepoId, *, cache_dir: PathOrRepoId | None = None, **options: Any) -> Source:
+    """Say where a checkpoint is sought; paths of any kind become text."""
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    return Source(path_or_repo_id=os.fspath(path_or_repo_id), cache_dir=cache, **options)
 
 
 def _guard(module: nn.Module, catalog: Catalog) -> None:
@@ -208,12 +215,12 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     """
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
-    named = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(named, torch.dtype):
+    try:
+        return parse_dtype(dtype)
+    except ValueError as error:
         raise TypeError(
             refusal("dtype", found=repr(dtype), expected="'auto', a torch.dtype or its name", way_out="see torch.dtype")
-        )
-    return named
+        ) from error
 
 
 def _one_dtype(dtype: Any, torch_dtype: torch.dtype | str | None) -> Any:

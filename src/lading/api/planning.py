@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lading.api.loading import PathOrRepoId, named_dtype
+from lading.api.loading import PathOrRepoId, named_dtype, source_of
 from lading.checkpoint.locate import Source
 from lading.errors import PlanError, refusal
 from lading.placement.blocks import Block, BlockRules, blocks_of, declared_whole, in_order
@@ -98,11 +98,11 @@ def plan(  # noqa: PLR0913 - the names that users of device maps know
     """
     subject = _describe(
         model_or_path,
-        Source(
-            path_or_repo_id=os.fspath(model_or_path) if isinstance(model_or_path, (str, os.PathLike)) else "",
+        source_of(
+            model_or_path if isinstance(model_or_path, (str, os.PathLike)) else "",
             revision=revision,
             subfolder=subfolder,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
         ),

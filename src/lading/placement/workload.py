@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lading.errors import PlanError, refusal
+from lading.units import parse_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +50,19 @@ class Workload:
                         way_out="describe the largest call that the plan must leave room for",
                     )
                 )
-        dtype = getattr(torch, self.kv_dtype, None) if isinstance(self.kv_dtype, str) else self.kv_dtype
-        if dtype is not None or self.kv_dtype is not None:
-            if not isinstance(dtype, torch.dtype):
-                raise PlanError(
-                    refusal(
-                        "Workload.kv_dtype",
-                        found=repr(self.kv_dtype),
-                        expected="a torch.dtype or its name, like 'float8_e4m3fn'",
-                        way_out="leave it out to count what the model itself caches",
-                    )
+        if self.kv_dtype is None:
+            return
+        try:
+            object.__setattr__(self, "kv_dtype", parse_dtype(self.kv_dtype))
+        except ValueError as error:
+            raise PlanError(
+                refusal(
+                    "Workload.kv_dtype",
+                    found=repr(self.kv_dtype),
+                    expected="a torch.dtype or its name, like 'float8_e4m3fn'",
+                    way_out="leave it out to count what the model itself caches",
                 )
-            object.__setattr__(self, "kv_dtype", dtype)
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
