@@ -249,6 +249,19 @@ def test_skeleton_to_be_quantised_weighs_what_the_quantised_model_does(name: str
     assert all(tensor.is_meta for tensor in found.module.parameters())
 
 
+@pytest.mark.parametrize("how", [pytest.param(HOW["8"], marks=bitsandbytes)])
+def test_quantised_model_that_ran_weighs_what_it_did_before(how, saved: Directory):
+    options = {"quantization_config": transformers.BitsAndBytesConfig(**how)}
+    model = lading.load(saved(BY_NAME["llama"]), device_map="cpu", **options)
+    everything = {0: 10**15}
+    expected, plans = describe_module(model), [lading.plan(model, everything)]
+    with torch.no_grad():
+        model(torch.arange(12)[None])
+    plans.append(lading.plan(model, everything))
+    assert describe_module(model).loaded_bytes == expected.loaded_bytes != {}
+    assert plans[0].total_bytes == plans[1].total_bytes == predicted_bytes(expected)
+
+
 @pytest.mark.parametrize("how", [pytest.param(how, id=name, marks=bitsandbytes) for name, how in HOW.items()])
 def test_skeleton_of_a_quantised_checkpoint_weighs_what_its_headers_say(how, tmp_path: Path):
     wide = LlamaConfig(

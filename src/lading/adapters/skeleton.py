@@ -121,8 +121,9 @@ def _describe(
         final = dtypes.get(id(tensor), tensor.dtype)
         if final != dtype:
             others[name] = final
-        if type(tensor) is not nn.Parameter and (state := state_bytes(tensor)):
-            weighed[name] = tensor.nbytes + state
+        if type(tensor) not in (nn.Parameter, torch.Tensor):
+            state = state_bytes(tensor, model.get_submodule(name.rpartition(".")[0]))
+            weighed.update({name: tensor.nbytes + state} if state else {})
     whole = tuple(sorted(declared_whole(model)))
     return Skeleton(module=model, dtype=dtype, no_split_classes=whole, loaded_dtypes=others, loaded_bytes=weighed)
 

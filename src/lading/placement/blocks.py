@@ -212,7 +212,7 @@ class _Walk:
             if special is not None:
                 return tensor.numel() * special.itemsize
         if type(tensor) not in _PLAIN:
-            state = state_bytes(tensor)
+            state = state_bytes(tensor, module)
             if state:
                 return tensor.nbytes + state
         if dtype is None or tensor.dtype is dtype or tensor.dtype not in _CASTABLE:
@@ -284,16 +284,23 @@ def _joined(parts: Sequence[_Part]) -> Block:
     return Block(keys[0], keys, weights, buffers, pinned, False, parts[0].class_name, fetched)
 
 
-def state_bytes(holder: Any) -> int:
-    """Count what bitsandbytes keeps beside a quantised weight: row scales (``SCB``), or 4-bit scales, nested once."""
+def state_bytes(weight: torch.Tensor, module: nn.Module) -> int:
+    """Count what bitsandbytes keeps beside a quantised weight: row scales (``SCB``), or 4-bit scales, nested once.
+
+    The first forward of a ``Linear8bitLt`` moves the scales from the weight to the module's own ``state``.
+    """
+    return _scale_bytes(weight) or _scale_bytes(vars(module).get("state"))
+
+
+def _scale_bytes(holder: Any) -> int:
     total = 0
     for name in ("SCB", "quant_state", "state2"):
-        state = vars(holder).get(name)  # a 4-bit weight answers for the attributes of its state too
+        state = getattr(holder, "__dict__", {}).get(name)  # a 4-bit weight answers for the attributes of its state too
         if isinstance(state, torch.Tensor):
             total += state.nbytes
         elif state is not None:
             own = (value for value in vars(state).values() if isinstance(value, torch.Tensor))
-            total += sum(tensor.nbytes for tensor in own) + state_bytes(state)
+            total += sum(tensor.nbytes for tensor in own) + _scale_bytes(state)
     return total
 
 
