@@ -8,10 +8,15 @@ may start later and stays within its budget. Nothing is lost. So the last block 
 state is a position and the set of accelerators left; accelerators of equal budgets are counted, not named. There are
 two exceptions. The main device's run may have to be shorter, because what comes to it from streamed blocks depends on
 all other runs. So a state has two numbers to make large: the value, and the main device's balance, which is what other
-accelerators keep of fixed bytes less the weights in the main run. The balance matters only up to the point where the
-main device's budget holds; from there on value alone decides, and nearly always one pair of numbers is left for a
-state. And a run before the main device's may have to leave it a block, if it could keep no other. Everything is
-integers. `tests/placement` holds all of it against enumeration.
+accelerators keep of fixed bytes less the weights in the main run. And a run before the main device's may have to leave
+it a block, if it could keep no other.
+
+How that is fast. If the main device's weights are merely held to a limit, one number per state is left, and `relaxed`
+finds it for all positions at once. With the most that the limit can be, that bounds everything from above: most sizes
+of the largest streamed block, most main devices and most states are seen to be of no use. With the least that it can
+be, a placement is found that nearly always reaches the bound. Only between the two is there a search with both numbers,
+in execution order, and states whose bound is not above what is found already are left out. Everything is integers.
+`tests/placement` holds all of it against enumeration.
 """
 
 from __future__ import annotations
@@ -21,15 +26,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lading.placement.optimum import Left, Order, Problem, Solution, prefix_sums
+from lading.placement.relaxed import MainSuffixes, Suffixes, Sums
 
 _Label = tuple[int, int, Any]
-"""What a suffix can be worth: value, the main device's balance, and the runs as a linked list."""
+"""What a prefix is worth: value, the main device's balance, and the runs as a linked list, the last first."""
+_State = tuple[Left, bool]
+"""The accelerators left, and whether the main device's run has come."""
+_Run = tuple[int, int, int]
+"""The kind of an accelerator, the first block of its run, and the end."""
+_Layer = dict[_State, list[_Label]]
 _MOST_ASKED = 32
-_Table = list[list[_Label]]
-"""For each position the labels of the suffix that begins there, none matched by another in both numbers."""
 
 
-def keep_most(problem: Problem, accept: Callable[[Solution], bool] | None = None) -> Solution | None:
+def keep_most(
+    problem: Problem, accept: Callable[[Solution], bool] | None = None, *, above: int = -1
+) -> Solution | None:
     """Keep the most value resident where blocks may be streamed; None when no accelerator can keep anything.
 
     Of equal values the first that is met: with the smallest room for fetching, and runs that begin early.
@@ -39,8 +50,9 @@ def keep_most(problem: Problem, accept: Callable[[Solution], bool] | None = None
         accept: whether what a solution streams finds a home. Where that is a question, the most valuable runs of a
             single accelerator are asked about, for each size of the largest streamed block; of several accelerators
             those that are worth most.
+        above: a value; what is worth no more is not of interest, and None is given where there is nothing else.
     """
-    search = _Search(problem, accept)
+    search = _Search(problem, accept, above)
     for room in search.rooms():
         search.try_room(room)
     return search.best
@@ -49,7 +61,7 @@ def keep_most(problem: Problem, accept: Callable[[Solution], bool] | None = None
 class _Search:
     """Look for the best solution, one size of the largest streamed block after the other. One thread."""
 
-    def __init__(self, problem: Problem, accept: Callable[[Solution], bool] | None) -> None:
+    def __init__(self, problem: Problem, accept: Callable[[Solution], bool] | None, above: int) -> None:
         self.problem = problem
         self._accept = accept
         self.order = Order(problem.capacities, in_listed_order=problem.in_listed_order)
@@ -57,53 +69,70 @@ class _Search:
         self.fixed = prefix_sums(problem.fixed)
         self.values = prefix_sums(problem.values)
         self.num_blocks = len(problem.weights)
-        totals = prefix_sums(problem.totals)
-        self.ends = [
-            [bisect_right(totals, start + capacity) - 1 for start in totals[:-1]] for capacity in self.order.kinds
-        ]
+        self.sums = Sums(problem, self.order)
+        self.ends: list[list[int]] = [ends.tolist() for ends in self.sums.ends]
         self.best: Solution | None = None
-
-    @property
-    def best_value(self) -> int:
-        """Give the value found so far, below any that can be found."""
-        return self.best.value if self.best is not None else -1
+        self.best_value = above
+        """The value found so far, or that is known already."""
 
     def rooms(self) -> Iterator[int]:
         """Yield each size that the largest streamed block may have, while it can still lead to something better."""
         problem = self.problem
-        by_room = sorted(zip(problem.rooms, problem.totals, strict=True))
-        above = sum(total for _, total in by_room)  # what must be resident, because it is larger
-        limit, position = sum(problem.capacities), 0
-        for room in sorted(set(problem.rooms)):
-            while position < len(by_room) and by_room[position][0] <= room:
-                above -= by_room[position][1]
-                position += 1
+        sizes = sorted(set(problem.rooms))
+        total_of, largest_of = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+        for room, total in zip(problem.rooms, problem.totals, strict=True):
+            total_of[room] += total
+            largest_of[room] = max(largest_of[room], total)
+        musts, largest = {}, {}  # of the blocks that must be resident, because they are larger: all, and the largest
+        above = most = 0
+        for room in reversed(sizes):
+            musts[room], largest[room] = above, most
+            above, most = above + total_of[room], max(most, largest_of[room])
+        limit, most = sum(problem.capacities), max(problem.capacities, default=0)
+        for room in sizes:
             free = limit - problem.num_copies * room
             if free - self.fixed[-1] <= self.best_value:
                 return
-            if above <= free:
+            if musts[room] <= free and largest[room] <= most:
                 yield room
 
     def try_room(self, room: int) -> None:
         """Search with room for streamed blocks up to this size; larger ones must be resident."""
         problem = self.problem
-        self.may_stream = [each <= room for each in problem.rooms]
+        fits = self.sums.rooms <= room
+        self.may_stream: list[bool] = fits.tolist()
+        self.suffixes = Suffixes(self.sums, self.order, fits)
         self.usable = sum(problem.capacities) - problem.num_copies * room
-        self._plain: dict[Left, _Table] = {}
+        tried = []
+        for main, left in self.order.mains(first_used=problem.main_is_first_used):
+            spare = problem.capacities[main] - problem.num_copies * room - self.fixed[-1]
+            run = _MainRun(self, main, spare, left)
+            if run.most_weights >= self._least_weight and run.bound > self.best_value:
+                run.try_least()
+                tried.append(run)
         for cuts in (False, True) if len(problem.capacities) > 1 else (False,):
-            for main, left in self.order.mains(first_used=problem.main_is_first_used):
-                spare = problem.capacities[main] - problem.num_copies * room - self.fixed[-1]
-                if spare + self.fixed[-1] >= 0:
-                    self._try_main(_MainRun(self, main, spare, cuts=cuts), left)
+            for run in tried:
+                if run.bound > self.best_value:
+                    self._try_labels(run, run.labels(cuts=cuts))
 
-    def _try_main(self, run: _MainRun, left: Left) -> None:
-        for value, _, runs in run.suffixes(left)[0]:
-            if value > self.best_value:
-                found = self._solution(value, runs, run.main)
-                if self._accept is None or self._accept(found):
-                    self.best = found
-                elif len(self.problem.capacities) == 1:
-                    self._try_every_run(run.spare)
+    @property
+    def _least_weight(self) -> int:
+        """Give the least that a main device must keep."""
+        return min((weight for weight in self.problem.weights if weight), default=1)
+
+    def _try_labels(self, run: _MainRun, labels: list[_Label]) -> None:
+        for value, _, runs in labels:
+            is_refused = value > self.best_value and not self.offer(value, runs, run.main)
+            if is_refused and len(self.problem.capacities) == 1:
+                self._try_every_run(run.spare)
+
+    def offer(self, value: int, runs: Any, main: int) -> bool:
+        """Take a solution that is worth more than what is known, if what it streams finds a home."""
+        found = self._solution(value, runs, main)
+        if self._accept is None or self._accept(found):
+            self.best, self.best_value = found, value
+            return True
+        return False
 
     def _try_every_run(self, spare: int) -> None:
         """Ask about runs of the only accelerator, the most valuable first."""
@@ -117,41 +146,8 @@ class _Search:
             if 0 < weights[end] - weights[start] <= spare
         ]
         for value, start, end in sorted(runs, reverse=True)[:_MOST_ASKED]:
-            if value <= self.best_value:
+            if value <= self.best_value or self.offer(value, (True, 0, -start, end, None), 0):
                 return
-            found = self._solution(value, (True, 0, -start, end, None), 0)
-            if self._accept is None or self._accept(found):
-                self.best = found
-                return
-
-    def plain(self, left: Left) -> _Table:
-        """List what each suffix can be worth with these accelerators, none of them the main one."""
-        if left in self._plain:
-            return self._plain[left]
-        options = [(kind, self.ends[kind], self.plain(rest)) for kind, rest in self.order.next(left)]
-        values, fixed = self.values, self.fixed
-        behind = self.order.capacity(left)
-        table: _Table = [[]] * self.num_blocks + [[(0, 0, None)]]
-        for start in range(self.num_blocks - 1, -1, -1):
-            enough = self.best_value - min(values[start], self.usable - behind)  # what goes before adds no more
-            if min(values[-1] - values[start], behind) <= enough:
-                continue
-            front: list[_Label] = []
-            for kind, ends, after in options:
-                end = ends[start]
-                if end > start:
-                    more, kept = values[end] - values[start], fixed[end] - fixed[start]
-                    for value, balance, runs in after[end]:
-                        if value + more > enough:
-                            run = (False, kind, start, end, runs)
-                            front = _with_label(front, (value + more, balance + kept, run))
-            if self.may_stream[start]:  # last, so that of equal labels the one that begins its run here stays
-                for label in table[start + 1]:
-                    if label[0] > enough:
-                        front = _with_label(front, label)
-            table[start] = front
-        self._plain[left] = table
-        return table
 
     def _solution(self, value: int, runs: Any, main: int) -> Solution:
         kinds: list[int] = []
@@ -162,116 +158,190 @@ class _Search:
             main_run = len(kinds) if is_main else main_run
             kinds.append(kind)
             spans.append((start, end))
+        main_run = len(kinds) - 1 - main_run
         homes: list[int | None] = [None] * self.num_blocks
-        names = self.order.name(kinds, main_run, main if self.problem.main_is_first_used else None)
-        for device, (start, end) in zip(names, spans, strict=True):
+        names = self.order.name(kinds[::-1], main_run, main if self.problem.main_is_first_used else None)
+        for device, (start, end) in zip(names, reversed(spans), strict=True):
             homes[start:end] = [device] * (end - start)
         return Solution(homes=tuple(homes), main=names[main_run], value=value)
 
 
 class _MainRun:
-    """Place the main device's run among the others. One thread."""
+    """Place one main device's run among the others. One thread."""
 
-    def __init__(self, search: _Search, main: int, spare: int, *, cuts: bool) -> None:
+    def __init__(self, search: _Search, main: int, spare: int, left: Left) -> None:
         self._search = search
         self.main = main
         self.spare = spare
         """What its weights may take when all fixed bytes rest on it; may be below zero."""
+        self._left = left
         self._kind = search.order.kind_of(main)
-        self._cuts = cuts
-        """Whether runs are tried that could be longer: last, when a solution is known that few of them can beat."""
-        self._tables: dict[Left, _Table] = {}
+        fixed = search.fixed[-1]
+        self._beside = search.order.capacity(left, beside=main)
+        self.most_weights = spare + min(fixed, self._beside) if spare + fixed >= 0 else -1
+        """What its weights may take when the others keep as many fixed bytes as they could."""
+        self._above: MainSuffixes | None = None
+        self._layers: dict[int, _Layer] = {}
 
-    def suffixes(self, left: Left) -> _Table:
-        """List what each suffix can be worth in which the main device's run stands, with these others.
+    @property
+    def bound(self) -> int:
+        """Bound the value that can be reached; negative where that is nothing."""
+        if self._above is None:
+            self._above = self._suffixes(self.most_weights)
+        return int(self._above.table(self._left)[0])
 
-        The main device holds its weights if in the end its balance is at least ``-spare``.
+    def _suffixes(self, limit: int) -> MainSuffixes:
+        search = self._search
+        return MainSuffixes(search.suffixes, search.sums, search.order, self.main, limit)
+
+    def try_least(self) -> None:
+        """Offer the best solution that holds wherever fixed bytes rest."""
+        search = self._search
+        if self.spare <= 0:
+            return
+        below = self._above if self.spare == self.most_weights else self._suffixes(self.spare)
+        assert below is not None, "the bound is asked for first"
+        value = int(below.table(self._left)[0])
+        if value > search.best_value:
+            runs, is_main_used = self._walk(below)
+            if is_main_used:
+                search.offer(value, runs, self.main)
+
+    def _walk(self, tables: MainSuffixes) -> tuple[Any, bool]:
+        """Follow the numbers from the start; of what is as good, the main run first, the listed order, a run now."""
+        search, order, main = self._search, self._search.order, self.main
+        values, weights = search.values, search.weights
+        main_ends = tables.ends.tolist()
+        position, left, has_come = 0, self._left, False
+        runs: Any = None
+        table = tables.table_list(left)
+        while position < search.num_blocks:
+            wanted = table[position]
+            options = []
+            if not has_come:
+                end = main_ends[position]
+                if weights[end] > weights[position]:
+                    after = order.after(left, main)
+                    options.append((True, self._kind, end, after, search.suffixes.plain_list(after)))
+            for kind, rest in order.next(left) if has_come else order.before(left, main):
+                end = search.ends[kind][position]
+                if end > position:
+                    behind = search.suffixes.plain_list(rest) if has_come else tables.table_list(rest)
+                    options.append((False, kind, end, rest, behind))
+            for is_main, kind, end, rest, behind in options:
+                if values[end] - values[position] + behind[end] == wanted:
+                    runs = (is_main, kind, position, end, runs)
+                    position, left, has_come, table = end, rest, has_come or is_main, behind
+                    break
+            else:
+                if not search.may_stream[position] or table[position + 1] != wanted:
+                    return runs, False
+                position += 1
+        return runs, has_come
+
+    def labels(self, *, cuts: bool) -> list[_Label]:
+        """List what whole placements are worth that could be better than the best known, the most valuable first.
+
+        Args:
+            cuts: whether runs are tried too that could be longer: last, as few of them can beat what is known then.
         """
-        if left in self._tables:
-            return self._tables[left]
-        search, spare = self._search, self.spare
-        order, main = search.order, self.main
-        options = [
-            (
-                kind,
-                search.ends[kind],
-                self.suffixes(rest),
-                search.plain(order.after(rest, main)),
-            )
-            for kind, rest in order.before(left, main)
-        ]
-        rest = search.plain(order.after(left, main))
-        values, fixed = search.values, search.fixed
-        behind = order.capacity(left, beside=main) + spare + fixed[-1]
-        table: _Table = [[]] * (search.num_blocks + 1)
-        for start in range(search.num_blocks - 1, -1, -1):
-            enough = search.best_value - min(values[start], search.usable - behind)  # what goes before adds no more
-            if min(values[-1] - values[start], behind) <= enough:
-                continue
-            least = -spare - min(fixed[start], search.usable - behind)  # nor more fixed bytes
-            found = self._runs(start, rest)
-            for kind, ends, after, alone in options:
-                end = ends[start]
-                if end > start:
-                    more, kept = values[end] - values[start], fixed[end] - fixed[start]
-                    found += [
-                        (value + more, balance + kept, (False, kind, start, end, runs))
-                        for value, balance, runs in after[end]
-                    ]
-                    if self._cuts:
-                        found += self._cut_short(kind, start, end, alone, enough)
-            if search.may_stream[start]:
-                found += table[start + 1]
-            front: list[_Label] = []
-            for value, balance, runs in found:
-                if value > enough and balance >= least:
-                    front = _with_label(front, (value, min(balance, -spare), runs))
-            table[start] = front
-        self._tables[left] = table
-        return table
+        self._layers = {0: {(self._left, False): [(0, 0, None)]}}
+        search = self._search
+        for position in range(search.num_blocks):
+            for (left, has_come), found in self._layers.pop(position, {}).items():
+                front = _front(found)
+                if has_come:
+                    self._extend_after(position, left, front)
+                else:
+                    self._extend_before(position, left, front, cuts=cuts)
+        ends = self._layers.get(search.num_blocks, {})
+        return _front([label for (_, has_come), found in ends.items() if has_come for label in found])
 
-    def _runs(self, start: int, rest: _Table) -> list[_Label]:
-        """List what the main device's run from here is worth with what follows, the longest first."""
-        weights, values = self._search.weights, self._search.values
-        found: list[_Label] = []
-        fixed = self._search.fixed[-1]
-        most = weights[start] + self.spare + min(fixed, self._search.usable - self.spare - fixed)
-        longest = min(bisect_right(weights, most) - 1, self._search.num_blocks)
-        for end in range(longest, start, -1):
-            gained, taken = values[end] - values[start], weights[end] - weights[start]
-            if not taken or not rest[end]:
-                break  # a shorter run leaves no less behind
-            for value, kept, runs in rest[end]:
-                found.append((gained + value, kept - taken, (True, self._kind, start, end, runs)))
-            if rest[end][0][1] - taken >= -self.spare:
-                break  # it holds with the most valuable rest: a shorter one is worth no more
-        return found
+    def _extend_after(self, start: int, left: Left, front: list[_Label]) -> None:
+        """Go on from a position where the main device's run has come."""
+        search = self._search
+        for kind, rest in search.order.next(left):
+            end = search.ends[kind][start]
+            if end > start:
+                self._add_run((rest, True), search.suffixes.plain_list(rest), (kind, start, end), front)
+        if search.may_stream[start]:
+            self._add(start + 1, (left, True), search.suffixes.plain_list(left), front)
 
-    def _cut_short(self, kind: int, start: int, end: int, rest: _Table, enough: int) -> Iterator[_Label]:
-        """Yield runs that could be longer but leave the main device one block, which may be all that it can hold."""
-        weights, values, fixed = self._search.weights, self._search.values, self._search.fixed
-        for cut in range(end - 1, start, -1):
-            more = values[cut + 1] - values[start]
-            if not rest[cut + 1] or more + rest[cut + 1][0][0] <= enough:
-                return  # nor is an earlier cut worth enough
-            taken = weights[cut + 1] - weights[cut]
-            if taken:
-                kept = fixed[cut] - fixed[start] - taken
-                for value, elsewhere, runs in rest[cut + 1]:
-                    after = (True, self._kind, cut, cut + 1, runs)
-                    yield value + more, elsewhere + kept, (False, kind, start, cut, after)
+    def _extend_before(self, start: int, left: Left, front: list[_Label], *, cuts: bool) -> None:
+        """Go on from a position where the main device's run has not come yet."""
+        search, main, above = self._search, self.main, self._above
+        assert above is not None, "the bound is asked for first"
+        after = search.order.after(left, main)
+        self._add_main_runs(start, after, front)
+        for kind, rest in search.order.before(left, main):
+            end = search.ends[kind][start]
+            if end > start:
+                self._add_run((rest, False), above.table_list(rest), (kind, start, end), front)
+                if cuts:
+                    self._cut_short((kind, start, end), search.order.after(rest, main), front)
+        if search.may_stream[start]:
+            self._add(start + 1, (left, False), above.table_list(left), front)
+
+    def _add_main_runs(self, start: int, after: Left, front: list[_Label]) -> None:
+        """Add the main device's run from here, the longest first."""
+        search, weights, values = self._search, self._search.weights, self._search.values
+        rest, most = search.suffixes.plain_list(after), search.order.capacity(after)
+        for value, kept, runs in front:
+            room = self.spare + kept  # for its weights, if nothing else is kept elsewhere
+            later = min(search.fixed[-1] - search.fixed[start], most)
+            for end in range(bisect_right(weights, weights[start] + room + later) - 1, start, -1):
+                taken = weights[end] - weights[start]
+                if not taken or value + values[end] - values[start] + rest[end] <= search.best_value:
+                    break  # a shorter run leaves no less behind
+                run = (True, self._kind, start, end, runs)
+                label = (value + values[end] - values[start], kept - taken, run)
+                self._add(end, (after, True), rest, [label])
+                if taken <= room:
+                    break  # it holds whatever follows: a shorter one is worth no more
+
+    def _cut_short(self, run: _Run, after: Left, front: list[_Label]) -> None:
+        """Add runs that could be longer but leave the main device one block, which may be all that it can hold."""
+        search, (kind, start, end) = self._search, run
+        weights, values, fixed = search.weights, search.values, search.fixed
+        rest, most = search.suffixes.plain_list(after), search.order.capacity(after)
+        for value, kept, runs in front:
+            for cut in range(end - 1, start, -1):
+                more = value + values[cut + 1] - values[start]
+                if more + rest[cut + 1] <= search.best_value:
+                    break  # nor is an earlier cut worth enough
+                taken = weights[cut + 1] - weights[cut]
+                balance = kept + fixed[cut] - fixed[start] - taken
+                if taken and balance + min(fixed[-1] - fixed[cut + 1], most) >= -self.spare:
+                    both = (True, self._kind, cut, cut + 1, (False, kind, start, cut, runs))
+                    self._add(cut + 1, (after, True), rest, [(more, balance, both)])
+
+    def _add_run(self, state: _State, bound: list[int], run: _Run, front: list[_Label]) -> None:
+        search, (kind, start, end) = self._search, run
+        more, kept = search.values[end] - search.values[start], search.fixed[end] - search.fixed[start]
+        longer = [(value + more, balance + kept, (False, kind, start, end, runs)) for value, balance, runs in front]
+        self._add(end, state, bound, longer)
+
+    def _add(self, position: int, state: _State, bound: list[int], labels: list[_Label]) -> None:
+        """Add labels to a state, but for those that cannot lead to anything better than what is known."""
+        search, (left, has_come) = self._search, state
+        enough, least = search.best_value - bound[position], -self.spare
+        if bound[position] < 0:
+            return
+        if has_come:
+            least -= min(search.fixed[-1] - search.fixed[position], search.order.capacity(left))
+            kept = [(v, min(b, -self.spare), runs) for v, b, runs in labels if v > enough and b >= least]
+        else:
+            kept = [label for label in labels if label[0] > enough]
+        if kept:
+            self._layers.setdefault(position, {}).setdefault(state, []).extend(kept)
 
 
-def _with_label(front: list[_Label], label: _Label) -> list[_Label]:
-    """Add a label to those that no other matches in both numbers, the most valuable first; a new list."""
-    if not front:
-        return [label]
-    if len(front) == 1:  # nearly always: what is worth more also keeps more fixed bytes away
-        (other,) = front
-        if other[0] >= label[0]:
-            return front if other[1] >= label[1] else [other, label]
-        return [label] if label[1] >= other[1] else [label, other]
-    if any(other[0] >= label[0] and other[1] >= label[1] for other in front):
-        return front
-    kept = [other for other in front if other[0] > label[0] or other[1] > label[1]]
-    return sorted([*kept, label], key=lambda each: -each[0]) if kept else [label]
+def _front(labels: list[_Label]) -> list[_Label]:
+    """Keep what no other matches in both numbers, the most valuable first; of equal ones the first that was met."""
+    if len(labels) == 1:
+        return labels
+    front: list[_Label] = []
+    for label in sorted(labels, key=lambda each: (-each[0], -each[1])):
+        if not front or label[1] > front[-1][1]:
+            front.append(label)
+    return front
