@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from lading.placement.optimum import Problem, prefix_sums
+from lading.placement.optimum import Problem, cover, prefix_sums
 from lading.placement.streaming import keep_most
 
 
@@ -40,8 +40,22 @@ def least_useful(problem: Problem) -> int:
     For each size of the largest streamed block: what is larger must be resident, and so must all between; if nothing is
     larger, the smallest block will do.
     """
-    weights, fixed = prefix_sums(problem.weights), sum(problem.fixed)
-    candidates = [weights[-1] + fixed]
+    fixed = sum(problem.fixed)
+    return min([sum(problem.weights) + fixed, *(kept + fixed + room for kept, _, room in _by_room(problem))])
+
+
+def likely_needs(problem: Problem) -> list[int]:
+    """List budgets one of which is often the least with which an accelerator is of use beside others.
+
+    For each size of the largest streamed block: as the main device, or with what is larger while another fetches.
+    """
+    fixed = sum(problem.fixed)
+    return sorted({need for kept, total, room in _by_room(problem) for need in (kept + fixed + room, total)})
+
+
+def _by_room(problem: Problem) -> Iterator[tuple[int, int, int]]:
+    """Yield for each size of the largest streamed block: weights kept, their run's total bytes, room for fetching."""
+    weights, totals = prefix_sums(problem.weights), prefix_sums(problem.totals)
     by_room = sorted(range(len(problem.rooms)), key=lambda block: -problem.rooms[block])
     first, last, position = len(by_room), 0, 0
     smallest = min((weight for weight in problem.weights if weight), default=0)
@@ -49,13 +63,27 @@ def least_useful(problem: Problem) -> int:
         while position < len(by_room) and problem.rooms[by_room[position]] > room:
             first, last = min(first, by_room[position]), max(last, by_room[position] + 1)
             position += 1
-        resident = weights[last] - weights[first] if position else smallest
-        candidates.append(resident + fixed + problem.num_copies * room)
-    return min(candidates)
+        kept = (weights[last] - weights[first], totals[last] - totals[first]) if position else (smallest, smallest)
+        yield *kept, problem.num_copies * room
 
 
-def least(suffices: Callable[[int], bool], low: int, high: int) -> int:
-    """Give the least number from low to high for which a condition holds that holds from there on, and for high."""
+def least(suffices: Callable[[int], bool], low: int, high: int, guesses: Sequence[int] = ()) -> int:
+    """Give the least number from low to high for which a condition holds that holds from there on, and for high.
+
+    Args:
+        suffices: the condition.
+        low: where to begin.
+        high: a number for which it holds.
+        guesses: numbers one of which is likely to be the least, ascending: they are tried first.
+    """
+    while inside := [guess for guess in guesses if low <= guess < high]:
+        middle = inside[len(inside) // 2]
+        if suffices(middle):
+            high = middle
+        else:
+            low = middle + 1
+    if guesses and low < high and not suffices(high - 1):
+        return high
     while low < high:
         middle = (low + high) // 2
         if suffices(middle):
@@ -63,3 +91,16 @@ def least(suffices: Callable[[int], bool], low: int, high: int) -> int:
         else:
             low = middle + 1
     return high
+
+
+def leveled(problem: Problem) -> list[int]:
+    """Lower the budgets as far as they still hold everything; as they are, if they never do."""
+    totals, capacities = problem.totals, list(problem.capacities)
+
+    def clipped(level: int) -> list[int]:
+        return [min(level, capacity) for capacity in capacities]
+
+    if cover(totals, capacities) is None:
+        return capacities
+    low = max(max(totals, default=0), -(-sum(totals) // len(capacities)))
+    return clipped(least(lambda level: cover(totals, clipped(level)) is not None, low, max(*capacities, low)))

@@ -7,7 +7,7 @@ disk behind it. What the accelerators do not keep fills host memory, then the di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,11 +15,11 @@ from lading.errors import PlanError, refusal
 from lading.placement import advice, packing
 from lading.placement.blocks import Block
 from lading.placement.budget import Budget, Device
-from lading.placement.minimum import least, least_useful
+from lading.placement.minimum import least, least_useful, leveled, likely_needs
 from lading.placement.optimum import Problem, Solution, cover
 from lading.placement.plan import DeviceUse, Placement, Plan
 from lading.placement.prediction import Speeds, predict
-from lading.placement.streaming import keep_most
+from lading.placement.streaming import can_keep_some, keep_most
 from lading.units import format_bytes
 
 STRATEGIES = ("contiguous", "any", "balanced", "sequential")
@@ -168,31 +168,31 @@ class _Planner:
         problem = self._problem(stage, 1)
         capacities = problem.capacities
         if self._request.strategy == "balanced" and len(capacities) > 1:
-            capacities = _leveled(problem)
-        resident = cover(problem.totals, capacities, in_listed_order=problem.in_listed_order)
+            capacities = leveled(problem)
+        resident = _covered(problem, capacities)
         if resident is not None:
             main = 0 if not resident else min(resident) if problem.main_is_first_used else resident[0]
             return self._answer(stage, problem, Solution(homes=tuple(resident), main=main, value=0))
         # two copies let one block be fetched while another runs; one, if nothing else will do
         for num_copies in (2, 1) if self._request.runtime == "lading" else (1,):
             problem = self._problem(stage, num_copies)
+            found = keep_most(problem, None if stage.disk_bytes is None else partial(self._has_homes, stage))
+            filled = None if found is None else self._filled(problem, found)
             if self._request.strategy == "any":
-                answer = self._solve_any(stage, problem)
+                answer = self._solve_any(stage, problem, filled)
             else:
-                accept = None if stage.disk_bytes is None else partial(self._has_homes, stage)
-                found = keep_most(problem, accept)
-                answer = self._answer(stage, problem, None if found is None else self._filled(problem, found))
+                answer = self._answer(stage, problem, filled)
             if answer is not None:
                 return answer
         return None
 
-    def _solve_any(self, stage: _Stage, problem: Problem) -> _Answer | None:
+    def _solve_any(self, stage: _Stage, problem: Problem, start: Solution | None) -> _Answer | None:
         from lading.placement.anywhere import keep_most_anywhere
 
-        found = keep_most_anywhere(problem, start=keep_most(problem))
+        found = keep_most_anywhere(problem, start)
         if found is None:
             return None
-        answer = self._answer(stage, problem, found[0])
+        answer = self._answer(stage, problem, found[0]) or self._answer(stage, problem, start)
         return None if answer is None else dataclasses.replace(answer, solver_bound=found[1])
 
     def _filled(self, problem: Problem, solution: Solution) -> Solution:
@@ -340,7 +340,7 @@ class _Planner:
                 continue
             alike = device if is_ordered else f"any of {size} bytes"  # without an order, equal ones need the same
             if alike not in needs:
-                needs[alike] = self._least_to_be_used(device, problem)
+                needs[alike] = self._least_to_be_used(device, problem, on_cpu=on_cpu, known=needs.values())
             need = needs[alike]
             if need is not None:
                 written.append(
@@ -357,34 +357,32 @@ class _Planner:
             )
         return written
 
-    def _least_to_be_used(self, device: Device, problem: Problem) -> int | None:
+    def _least_to_be_used(
+        self, device: Device, problem: Problem, *, on_cpu: bool, known: Collection[int | None]
+    ) -> int | None:
         """Find the least budget with which an accelerator that got nothing would hold a block; None for none."""
 
         def is_used(size: int) -> bool:
+            if on_cpu and self._budget.disk_bytes is None:  # any plan with accelerators uses it: without it is none
+                return self._can_use_accelerators(device, size)
             answer = self._with(device, size)
-            return answer is not None and device in {
-                answer.stage.devices[home] for home in answer.homes if home is not None
-            }
+            homes = () if answer is None else answer.homes
+            return answer is not None and device in {answer.stage.devices[home] for home in homes if home is not None}
 
         size = self._budget.accelerators[device]
-        guess = least_useful(problem) + self._overhead
-        if guess > size and is_used(guess) and not is_used(guess - 1):
-            return guess
-        high = max(size, guess)
-        return least(is_used, size, high) if is_used(high) else None
+        high = max(size, least_useful(problem) + self._overhead)
+        likely = {need + self._overhead for need in likely_needs(problem)} | {need for need in known if need}
+        return least(is_used, size, high, sorted(likely)) if is_used(high) else None
+
+    def _can_use_accelerators(self, device: Device, size: int) -> bool:
+        """Say whether accelerators could keep a block if one had another budget."""
+        planner = _Planner(dataclasses.replace(self._request, budget=self._budget.with_device(device, size)))
+        problem = planner._problem(planner._stages()[0], 1)
+        return bool(self._blocks) and (can_keep_some(problem) or _covered(problem, problem.capacities) is not None)
 
 
-def _leveled(problem: Problem) -> list[int]:
-    """Lower the budgets as far as they still hold everything; as they are, if they never do."""
-    totals, capacities = problem.totals, list(problem.capacities)
-
-    def clipped(level: int) -> list[int]:
-        return [min(level, capacity) for capacity in capacities]
-
-    if cover(totals, capacities) is None:
-        return capacities
-    low = max(max(totals, default=0), -(-sum(totals) // len(capacities)))
-    return clipped(least(lambda level: cover(totals, clipped(level)) is not None, low, max(*capacities, low)))
+def _covered(problem: Problem, capacities: Sequence[int]) -> list[int] | None:
+    return cover(problem.totals, capacities, in_listed_order=problem.in_listed_order)
 
 
 def _add(terms: dict[str, int], term: str, size: int) -> None:

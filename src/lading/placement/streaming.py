@@ -58,6 +58,15 @@ def keep_most(
     return search.best
 
 
+def can_keep_some(problem: Problem) -> bool:
+    """Say whether `keep_most` would keep anything, as soon as that is known."""
+    search = _Search(problem, None, -1)
+    search.is_any_enough = True
+    for room in search.rooms():
+        search.try_room(room)
+    return search.best is not None
+
+
 class _Search:
     """Look for the best solution, one size of the largest streamed block after the other. One thread."""
 
@@ -74,6 +83,7 @@ class _Search:
         self.best: Solution | None = None
         self.best_value = above
         """The value found so far, or that is known already."""
+        self.is_any_enough = False
 
     def rooms(self) -> Iterator[int]:
         """Yield each size that the largest streamed block may have, while it can still lead to something better."""
@@ -130,7 +140,7 @@ class _Search:
         """Take a solution that is worth more than what is known, if what it streams finds a home."""
         found = self._solution(value, runs, main)
         if self._accept is None or self._accept(found):
-            self.best, self.best_value = found, value
+            self.best, self.best_value = found, self.sums.bar if self.is_any_enough else value
             return True
         return False
 
