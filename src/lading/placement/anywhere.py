@@ -42,14 +42,13 @@ def keep_most_anywhere(problem: Problem, start: Solution | None) -> tuple[Soluti
     if start is not None and start.value >= bound:
         return start, bound
     best, proven = start, 0
-    if problem.main_is_first_used:
-        mains = list(range(len(problem.capacities)))
-    else:
-        mains = [problem.capacities.index(capacity) for capacity in dict.fromkeys(problem.capacities)]
+    mains = [problem.capacities.index(capacity) for capacity in dict.fromkeys(problem.capacities)]
+    if problem.main_is_first_used:  # one that is no larger than one listed before it could change places with that
+        mains = [main for main in mains if problem.capacities[main] > max(problem.capacities[:main], default=-1)]
     deadline = time.monotonic() + TIME_LIMIT_S
     for position, main in enumerate(mains):
         seconds = max(0.01, (deadline - time.monotonic()) / (len(mains) - position))
-        found, limit = _Programme(problem, main).solve(seconds)
+        found, limit = _Programme(problem, main).solve(seconds, best)
         proven = max(proven, limit)
         if found is not None and (best is None or found.value > best.value):
             best = found
@@ -69,9 +68,16 @@ class _Programme:
             self._members.setdefault(kind, []).append(block)
         self._unit = max(1.0, sum(problem.totals) / 1e6)  # sizes near one: HiGHS's tolerances are absolute
 
-    def solve(self, seconds: float) -> tuple[Solution | None, int]:
-        """Give the best placement found, if it holds in integers, and a bound on its value."""
+    def solve(self, seconds: float, known: Solution | None) -> tuple[Solution | None, int]:
+        """Give the best placement found, if it holds in integers, and a bound on its value.
+
+        Args:
+            seconds: when to stop.
+            known: a placement to begin from, where it has the same main device.
+        """
         highs = self._build(seconds)
+        if known is not None and known.main == self._main:
+            self._begin(highs, known)
         highs.run()
         info = highs.getInfo()
         found = None
@@ -139,6 +145,26 @@ class _Programme:
         on_main = [(at * num_devices + main, 1.0) for at, (kind, _) in enumerate(classes) if kind[0]]
         row(1.0, infinity, on_main)
         return highs
+
+    def _begin(self, highs: Any, known: Solution) -> None:
+        """Hand a placement to HiGHS, which need not look for a first one."""
+        import highspy
+
+        num_devices, problem = len(self._problem.capacities), self._problem
+        columns = [0.0] * (len(self._members) * (num_devices + 1) + 1)
+        room = 0
+        for position, members in enumerate(self._members.values()):
+            for block in members:
+                home = known.homes[block]
+                if home is None:
+                    columns[len(self._members) * num_devices + position] = 1.0
+                    room = max(room, problem.rooms[block])
+                else:
+                    columns[position * num_devices + home] += 1
+        columns[-1] = room / self._unit
+        start = highspy.HighsSolution()
+        start.col_value = columns
+        highs.setSolution(start)
 
     def _read(self, columns: Any) -> Solution | None:
         """Hand out accelerators to the members of each class in their order; None where integers do not fit."""
