@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
+from contextlib import suppress
 
 import pytest
 from brute_force import best_anywhere, block, first_cover, fits, problems, value_of, with_capacities
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from lading.errors import MissingExtraError
+from lading.errors import MissingExtraError, PlanError
 from lading.placement import anywhere
 from lading.placement.anywhere import keep_most_anywhere
 from lading.placement.budget import budget_of
@@ -151,6 +152,26 @@ def test_anywhere_plan_has_a_gap_that_is_true(runtime, problem):
 
     assert 0.0 <= plan.gap <= 1.0
     assert plan.resident_bytes <= plan.bound <= plan.total_bytes
+
+
+@needs_solver
+@pytest.mark.parametrize("runtime", ["lading", "accelerate"])
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=6), st.integers(0, 30), st.integers(0, 20), st.integers(0, 20))
+def test_anywhere_limited_disk_is_kept_and_never_worse_than_neighbours(runtime, sizes, room, host, disk):
+    memory = {0: room, 1: room // 2, "cpu": host, "disk": disk}
+    blocks = tuple(block(f"b{i}", size) for i, size in enumerate(sizes))
+    plans = {}
+    for strategy in ("contiguous", "any"):
+        asked = Request(blocks=blocks, budget=budget_of(memory), strategy=strategy, runtime=runtime)
+        with suppress(PlanError):
+            plans[strategy] = make_plan(asked)
+
+    assert "any" in plans or "contiguous" not in plans
+    if "any" in plans:
+        on_disk = sum(each.num_bytes for each in plans["any"].placements if each.home == "disk")
+        assert on_disk <= disk
+    if "contiguous" in plans and plans["contiguous"].main_device != "cpu":
+        assert plans["any"].resident_bytes >= plans["contiguous"].resident_bytes
 
 
 @needs_solver

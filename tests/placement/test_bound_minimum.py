@@ -158,6 +158,14 @@ def test_least_any_threshold_is_found(low, more, threshold):
     assert least(lambda number: number >= threshold, low, high) == max(low, threshold)
 
 
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 200), st.lists(st.integers(0, 250)))
+def test_least_any_guesses_change_nothing(low, more, threshold, guesses):
+    high = low + more
+    assume(threshold <= high)
+
+    assert least(lambda number: number >= threshold, low, high, sorted(guesses)) == max(low, threshold)
+
+
 # Both, through plans
 
 

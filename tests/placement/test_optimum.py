@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lading.placement.optimum import Problem, Solution, cover, prefix_sums
-from lading.placement.streaming import keep_most
+from lading.placement.streaming import can_keep_some, keep_most
 
 
 def problem_of(weights: list[int], capacities: list[int], **others: object) -> Problem:
@@ -43,6 +43,37 @@ def test_keep_most_small_problems_keeps_what_the_best_placement_keeps(problem):
     if ours is not None and best is not None:
         assert is_valid(problem, ours.homes, ours.main), used_bytes(problem, ours.homes, ours.main)
         assert ours.value == value_of(problem, ours.homes) == best[0]
+
+
+@given(problems(), st.integers(-1, 60))
+def test_keep_most_above_a_value_is_what_is_worth_more_or_nothing(problem, above):
+    assume(do_not_fit(problem))
+    best, found = best_contiguous(problem), keep_most(problem, above=above)
+
+    assert (found is not None) == (best is not None and best[0] > above)
+    assert found is None or best is None or found.value == best[0]
+
+
+@given(problems())
+def test_can_keep_some_small_problems_says_whether_there_is_any_placement(problem):
+    assume(do_not_fit(problem))
+
+    assert can_keep_some(problem) == (best_contiguous(problem) is not None)
+
+
+@given(problems(), st.lists(st.integers(0, 9), min_size=8, max_size=8), st.integers(0, 40))
+def test_keep_most_many_fixed_bytes_keeps_what_the_best_placement_keeps(problem, fixed, more):
+    """Where other accelerators can take fixed bytes off the main one, its run may be longer: bounds leave a gap."""
+    fixed = [*fixed, *[0] * len(problem.weights)][: len(problem.weights)]
+    capacities = [capacity + more for capacity in problem.capacities]
+    problem = dataclasses.replace(problem, fixed=fixed, capacities=capacities)
+    assume(do_not_fit(problem))
+    ours, best = keep_most(problem), best_contiguous(problem)
+
+    assert (ours is None) == (best is None)
+    if ours is not None and best is not None:
+        assert is_valid(problem, ours.homes, ours.main)
+        assert ours.value == best[0]
 
 
 @given(problems(), st.integers(0, 2), st.integers(1, 5))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lading.placement import packing
-from lading.placement.packing import choose, subset_sums
+from lading.placement.packing import choose, fit_simply, subset_sums
 
 SIZES = st.lists(st.integers(0, 12), max_size=8)
 
@@ -44,6 +44,12 @@ def test_choose_small_lists_takes_the_largest_sum_there_is(sizes, limit, least):
     else:
         assert chosen is not None
         assert sum(size for size, flag in zip(sizes, chosen, strict=True) if flag) == max(useful)
+
+
+@given(SIZES, st.integers(0, 60), st.integers(0, 60))
+def test_fit_simply_says_only_what_is_true(sizes, one, other):
+    if fit_simply(sizes, one, other):
+        assert any(sum(sizes) - each <= other for each in all_sums(sizes) if each <= one)
 
 
 @given(SIZES, st.integers(0, 60))

@@ -705,6 +705,24 @@ def test_warning_on_the_happy_path_is_none(memory, runtime):
     assert strictly_planned(net, memory, runtime=runtime).warnings == ()
 
 
+@given(
+    st.lists(st.integers(1, 40), min_size=2, max_size=7),
+    st.integers(2, 4),
+    st.integers(1, 60),
+    st.integers(1, 4),
+    st.sampled_from(RUNTIMES),
+)
+@example([20, 9, 9, 9, 9, 9], 8, 12, 1, "accelerate")
+def test_warning_of_equal_devices_numbers_are_exact(sizes, num_devices, room, factor, runtime):
+    """What is found for one device is only guessed for the next: as the first used it may need more or less."""
+    memory: Memory = {**dict.fromkeys(range(num_devices), room), "cpu": 10_000}
+    scaled = [factor * size for size in sizes]
+    for kind, device, number in warned(planned(scaled, memory, runtime=runtime)):
+        if kind == "nothing":
+            assert device in homes_of(planned(scaled, {**memory, device: number}, runtime=runtime))
+            assert device not in homes_of(planned(scaled, {**memory, device: number - 1}, runtime=runtime))
+
+
 def test_warning_is_given_once_and_stands_on_the_plan():
     net = Layers(a=100, b=100)
     with pytest.warns(PlanWarning) as seen:

@@ -20,7 +20,7 @@ from lading.errors import MissingExtraError
 from lading.placement.bound import most_resident_bytes
 from lading.placement.optimum import Problem, Solution
 
-TIME_LIMIT_S = 0.25
+TIME_LIMIT_S = 0.2
 _GAP = 1e-4
 """HiGHS may stop when nothing can be better by more than this share."""
 

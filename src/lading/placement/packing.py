@@ -53,6 +53,11 @@ def choose(sizes: Sequence[int], limit: int, least: int = 0) -> list[bool] | Non
     return chosen if sum(wanted) >= least else None
 
 
+def fit_simply(sizes: Sequence[int], one: int, other: int) -> bool:
+    """Say whether sizes fit in two rooms if the first is filled with the largest first; if not, they may fit yet."""
+    return sum(sizes) - sum(_largest_first(sizes, one)) <= other
+
+
 def choose_by_worth(worths: Sequence[int], sizes: Sequence[int], limit: int) -> list[bool]:
     """Choose sizes for a limited room: first of those that are worth something, then of the others."""
     preferred = [size if worth else 0 for worth, size in zip(worths, sizes, strict=True)]

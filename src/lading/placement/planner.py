@@ -220,10 +220,7 @@ class _Planner:
         return _Answer(stage=stage, problem=problem, homes=solution.homes, main=solution.main, in_host=tuple(in_host))
 
     def _pack(self, stage: _Stage, solution: Solution) -> list[bool] | None:
-        streamed = [
-            size if home is None and weight else 0
-            for size, home, weight in zip(self._at_home, solution.homes, self._weights, strict=True)
-        ]
+        streamed = self._streamed(solution)
         least_in_host = 0 if stage.disk_bytes is None else max(0, sum(streamed) - stage.disk_bytes)
         if least_in_host > stage.host_bytes:
             return None
@@ -233,8 +230,17 @@ class _Planner:
             return near
         return packing.choose(streamed, stage.host_bytes, least_in_host)
 
+    def _streamed(self, solution: Solution) -> list[int]:
+        return [
+            size if home is None and weight else 0
+            for size, home, weight in zip(self._at_home, solution.homes, self._weights, strict=True)
+        ]
+
     def _has_homes(self, stage: _Stage, solution: Solution) -> bool:
-        return self._pack(stage, solution) is not None
+        streamed, disk_bytes = self._streamed(solution), stage.disk_bytes
+        if disk_bytes is None or packing.fit_simply(streamed, stage.host_bytes, disk_bytes):
+            return True
+        return sum(streamed) <= stage.host_bytes + disk_bytes and self._pack(stage, solution) is not None
 
     def _write(self, answer: _Answer) -> Plan:
         request, stage, blocks = self._request, answer.stage, self._blocks
