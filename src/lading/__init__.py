@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lading.api.embedding import Embedder as Embedder
     from lading.api.loading import load as load
     from lading.api.loading import load_into as load_into
+    from lading.api.offloading import offload as offload
     from lading.api.planning import plan as plan
     from lading.checkpoint.empty import empty as empty
     from lading.checkpoint.report import LoadReport as LoadReport
@@ -25,18 +26,24 @@ if TYPE_CHECKING:
     from lading.errors import MissingExtraError as MissingExtraError
     from lading.errors import MissingTensorError as MissingTensorError
     from lading.errors import PlanError as PlanError
+    from lading.errors import ResidencyError as ResidencyError
     from lading.errors import ShapeMismatchError as ShapeMismatchError
     from lading.errors import StoreError as StoreError
     from lading.placement.hardware import Bandwidths as Bandwidths
     from lading.placement.plan import Plan as Plan
     from lading.placement.plan import PlanWarning as PlanWarning
     from lading.placement.workload import Workload as Workload
+    from lading.residency.residency import Residency as Residency
+    from lading.residency.stats import ResidencyStats as ResidencyStats
 
 _HOMES = {
     "load": "api.loading",
     "load_into": "api.loading",
     "empty": "checkpoint.empty",
     "plan": "api.planning",
+    "offload": "api.offloading",
+    "Residency": "residency.residency",
+    "ResidencyStats": "residency.stats",
     "Plan": "placement.plan",
     "PlanWarning": "placement.plan",
     "Workload": "placement.workload",
@@ -51,6 +58,7 @@ _HOMES = {
     "ShapeMismatchError": "errors",
     "CorruptShardError": "errors",
     "PlanError": "errors",
+    "ResidencyError": "errors",
     "EmbedError": "errors",
     "StoreError": "errors",
     "MissingExtraError": "errors",

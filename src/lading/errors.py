@@ -39,6 +39,10 @@ class PlanError(LadingError, ValueError):
     """A model cannot be placed as asked."""
 
 
+class ResidencyError(LadingError, RuntimeError):
+    """An offloaded model cannot do what was asked, or a block cannot be brought to where it runs."""
+
+
 class MissingExtraError(LadingError, ImportError):
     """A feature needs an optional dependency: the message names the extra to install."""
 

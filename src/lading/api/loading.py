@@ -5,7 +5,7 @@ Composes `checkpoint` and `adapters`; knows neither's inside.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -14,18 +14,17 @@ from torch import nn
 from lading.adapters.deepspeed import refuse_zero_init
 from lading.adapters.model_request import ModelRequest
 from lading.adapters.transformers import load_model, read_config
+from lading.api.arguments import PathOrRepoId, named_dtype, one_device, one_dtype, source_of
+from lading.api.offloading import place
 from lading.checkpoint.bind import BindOptions, bind
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.guard import FileGuard
-from lading.checkpoint.locate import Source, open_catalog
+from lading.checkpoint.locate import open_catalog
 from lading.checkpoint.mapping import map_catalog, tensors_of
 from lading.checkpoint.readahead import start_readahead
 from lading.checkpoint.report import LoadReport
-from lading.errors import PlanError, refusal
 from lading.names import Rename
-from lading.units import parse_dtype
-
-PathOrRepoId = str | os.PathLike[str]
+from lading.placement.plan import Plan
 
 
 @overload
@@ -44,6 +43,9 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     readahead: bool = False,
     guard: bool = False,
     device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    plan: Plan | None = None,
+    offload_folder: PathOrRepoId | None = None,
     output_loading_info: bool = False,
     revision: str | None = None,
     subfolder: str = "",
@@ -73,7 +75,12 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
             rename, as all savers here do: a file shortened in place kills the process that reads it.
         readahead: read the file in layer order in the background, beginning before the model is built.
         guard: before each forward, check that no shard changed in place (size and time of change; best effort).
-        device_map: None for the CPU, or one device for the whole model, such as ``"cuda:0"`` or ``{"": 0}``.
+        device_map: None for the CPU; one device for the whole model, such as ``"cuda:0"`` or ``{"": 0}``; a map of
+            module names to devices; or ``"auto"``, which plans with ``max_memory``. What does not rest where it runs is
+            streamed, see `lading.offload`.
+        max_memory: for ``device_map="auto"``, as for `lading.plan`.
+        plan: from `lading.plan`, in place of a ``device_map``.
+        offload_folder: see `lading.offload`.
         output_loading_info: also return a `LoadReport`.
         revision: branch, tag or commit, for a repo id.
         subfolder: folder inside the repo or directory.
@@ -95,7 +102,7 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         ShapeMismatchError: shapes differ.
         CorruptShardError: a shard breaks its format; with ``guard``, raised by the forward after a change in place.
         CheckpointError: anything else that does not fit, each time with file, tensor, found and expected.
-        PlanError: a ``device_map`` of several devices.
+        PlanError: no placement keeps within ``max_memory``, or a ``device_map`` that leaves a block out.
 
     Any thread may load: models are built one at a time, because transformers patches torch meanwhile. (A module that
     another thread builds without lading at that moment may be caught by these patches, as with ``from_pretrained``.)
@@ -121,10 +128,10 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     request = ModelRequest(
         source=source,
         model_class=model_class,
-        dtype=_one_dtype(dtype, torch_dtype),
+        dtype=one_dtype(dtype, torch_dtype),
         strict=strict,
         trust_remote_code=trust_remote_code,
-        device_map=_one_device(device_map),
+        device_map=one_device(device_map),
         model_kwargs=model_kwargs,
     )
     catalog = open_catalog(source)
@@ -136,6 +143,8 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     model, report = load_model(request, config, catalog, mappings, tensors)
     if guard and not copy:
         _guard(model, catalog)
+    if plan is not None or request.device_map is None:
+        place(model, device_map, max_memory, plan, offload_folder)
     return (model, report) if output_loading_info else model
 
 
@@ -197,68 +206,5 @@ def load_into(  # noqa: PLR0913 - as for load
     return report
 
 
-def source_of(path_or_repo_id: PathOrRepoId, *, cache_dir: PathOrRepoId | None = None, **options: Any) -> Source:
-    """Say where a checkpoint is sought; paths of any kind become text."""
-    cache = None if cache_dir is None else os.fspath(cache_dir)
-    return Source(path_or_repo_id=os.fspath(path_or_repo_id), cache_dir=cache, **options)
-
-
 def _guard(module: nn.Module, catalog: Catalog) -> None:
     module.register_forward_pre_hook(FileGuard(catalog.shards), prepend=True)
-
-
-def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """Find the element type that a text names; ``"auto"`` stays.
-
-    Raises:
-        TypeError: no element type has this name.
-    """
-    if not isinstance(dtype, str) or dtype == "auto":
-        return dtype
-    try:
-        return parse_dtype(dtype)
-    except ValueError as error:
-        raise TypeError(
-            refusal("dtype", found=repr(dtype), expected="'auto', a torch.dtype or its name", way_out="see torch.dtype")
-        ) from error
-
-
-def _one_dtype(dtype: Any, torch_dtype: torch.dtype | str | None) -> Any:
-    """Settle the two names of one argument."""
-    if torch_dtype is None:
-        return named_dtype(dtype) if isinstance(dtype, str) else dtype
-    if dtype not in ("auto", torch_dtype):
-        raise TypeError(
-            refusal(
-                "lading.load",
-                found=f"dtype={dtype!r} and torch_dtype={torch_dtype!r}",
-                expected="one of them",
-                way_out="pass dtype",
-            )
-        )
-    return named_dtype(torch_dtype)
-
-
-def _one_device(device_map: Any) -> Any:
-    """Accept one device for the whole model; None for the CPU, which needs no map.
-
-    Raises:
-        PlanError: several devices, or one to be chosen.
-    """
-    if device_map is None:
-        return None
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    is_named = all(isinstance(device, (str, int, torch.device)) for device in devices)
-    if len(devices) != 1 or not is_named or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
-        raise PlanError(
-            refusal(
-                "lading.load",
-                found=f"device_map={device_map!r}",
-                expected="None or one device, such as 'cpu' or 'cuda:0': placing over several does not exist yet",
-                way_out="name one device",
-            )
-        )
-    (device,) = devices
-    if str(device) == "cpu":
-        return None
-    return {"": device}

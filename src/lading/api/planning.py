@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lading.api.loading import PathOrRepoId, named_dtype, source_of
+from lading.api.arguments import PathOrRepoId, named_dtype, source_of
 from lading.checkpoint.locate import Source
 from lading.errors import PlanError, refusal
 from lading.placement.blocks import Block, BlockRules, blocks_of, declared_whole, in_order

@@ -2,14 +2,13 @@
 
 A thread walks the tensors in layer order and asks the kernel for their pages: with ``MADV_POPULATE_READ``, which also
 enters them into the page table and answers EFAULT where a shortened file would kill a reader; on kernels before 5.14
-with ``POSIX_FADV_WILLNEED``. It stops by itself at the end, when every tensor of the mapping is gone, or when as much
+with ``MADV_WILLNEED``. It stops by itself at the end, when every tensor of the mapping is gone, or when as much
 as memory has room for was read: more would push out what came first. Nothing waits for it, a failure of it is logged
 and costs speed only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import mmap
@@ -19,9 +18,9 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
-from lading import compat
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.mapping import ShardMapping
+from lading.checkpoint.pages import Span, populate, will_need
 from lading.names import layer_order_key
 
 _LOG = logging.getLogger(__name__)
@@ -66,37 +65,18 @@ def _free_bytes() -> int:
 def _populate_all(
     ranges: list[tuple[Path, int, int]], buffers: Mapping[Path, weakref.ref[mmap.mmap]], budget_bytes: int
 ) -> None:
-    populate = _populate
+    bring = populate
     for path, offset, length in ranges:
         budget_bytes -= length
         buffer = buffers[path]()
         if buffer is None or budget_bytes < 0:
             return
-        failure = populate(buffer, offset, length)
-        if failure == errno.EINVAL and populate is _populate:
-            populate = _will_need
-            failure = populate(buffer, offset, length)
+        begin = Span.of(buffer).begin + offset
+        failure = bring(Span(begin, begin + length))
+        if failure == errno.EINVAL and bring is populate:
+            bring = will_need
+            failure = bring(Span(begin, begin + length))
         del buffer
         if failure:
             _LOG.warning("readahead of %s stopped at byte %d: %s", path, offset, os.strerror(failure))
             return
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def _advise(buffer: mmap.mmap, offset: int, length: int, advice: int) -> int:
-    """Call madvise without the interpreter's lock (mmap.madvise keeps it); gives 0 or the error number."""
-    begin = offset - offset % mmap.PAGESIZE
-    base = ctypes.c_char.from_buffer(buffer)
-    failed = _LIBC.madvise(ctypes.addressof(base) + begin, offset + length - begin, advice)
-    return ctypes.get_errno() if failed else 0
-
-
-def _populate(buffer: mmap.mmap, offset: int, length: int) -> int:
-    return _advise(buffer, offset, length, compat.MADV_POPULATE_READ)
-
-
-def _will_need(buffer: mmap.mmap, offset: int, length: int) -> int:
-    return _advise(buffer, offset, length, mmap.MADV_WILLNEED)

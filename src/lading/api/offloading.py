@@ -1,0 +1,91 @@
+"""Make a plan true for a model: stream what the plan streams.
+
+Composes `residency` with what `adapters` know of other libraries' hooks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lading.api.arguments import BY_PLAN
+from lading.api.planning import plan as make_plan
+from lading.errors import PlanError, refusal
+from lading.placement.blocks import BlockRules, blocks_of, declared_whole
+from lading.placement.given import plan_of
+from lading.placement.plan import Plan
+from lading.residency.readers import Reader
+from lading.residency.residency import Residency
+
+
+def offload(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Any],
+    *,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> Residency:
+    """Run a model by a plan: what rests elsewhere is where it runs exactly while its forward runs.
+
+    The model stays what it is: the same object, the same parameters, each of them a real tensor at any time, with a
+    hook before and after each streamed block. Where the CPU runs the model and blocks rest on disk, weights stay views
+    of the checkpoint that they were loaded from: nothing is copied, neither in memory nor on disk, and an edit stays.
+
+    Args:
+        model: loaded by `lading.load` or otherwise, on the CPU. Weights that are in no file (built, cast or trained in
+            this process) are written to one if their home is the disk.
+        plan: from `lading.plan`, or a device map: module names → devices.
+        offload_folder: where that file is made; None for the system's temporary folder. It has no name and is gone when
+            the process ends, however it ends. Weights of a mapped checkpoint need none.
+
+    Returns:
+        What to ask for `stats`, to edit weights beside running forwards with `editing`, and to `close`; a context
+        manager. It may be dropped: the model keeps it, and `Residency.of` finds it again.
+
+    Raises:
+        ResidencyError: the plan is not about this model, weights are on meta, or no room to write.
+        PlanError: a device map that leaves a block out.
+
+    Nobody may be inside a forward meanwhile. Afterwards any number of threads may call the model.
+
+    Example:
+        >>> import lading, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> with lading.offload(net, {"0": "cpu", "1": "disk", "2": "disk"}) as residency:
+        ...     _ = net(torch.ones(1, 64))
+        ...     residency.stats().fetches
+        2
+    """
+    if not isinstance(plan, Plan):
+        plan = plan_of(blocks_of(model, BlockRules(no_split_classes=declared_whole(model))), plan)
+    folder = None if offload_folder is None else Path(offload_folder)
+    return Residency(model, plan, offload_folder=folder, reader=Reader())
+
+
+def place(
+    model: nn.Module,
+    device_map: Any,
+    max_memory: Mapping[Any, Any] | None,
+    plan: Plan | None,
+    offload_folder: str | os.PathLike[str] | None,
+) -> None:
+    """Carry out what a caller of `lading.load` said about devices; nothing, where the CPU holds everything.
+
+    Raises:
+        PlanError: both a plan and a device map, or neither beside ``max_memory``; or one that cannot be carried out.
+    """
+    if plan is not None and (device_map is not None or max_memory is not None):
+        found, expected = "plan and device_map or max_memory", "one way to say where blocks rest"
+        raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="pass the plan alone"))
+    if isinstance(device_map, str) and device_map in BY_PLAN:
+        plan = make_plan(model, max_memory, strategy=BY_PLAN[device_map])
+    elif max_memory is not None:
+        found, expected = f"max_memory and device_map={device_map!r}", 'device_map="auto"'
+        raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="add it"))
+    given = plan if plan is not None else device_map if isinstance(device_map, Mapping) else {"": device_map or "cpu"}
+    if isinstance(given, Mapping) and {str(device) for device in given.values()} == {"cpu"}:
+        return
+    offload(model, given, offload_folder=offload_folder)

@@ -1,0 +1,205 @@
+"""Tell the schedule which thread enters and leaves what: one hook before and one after each streamed block.
+
+A *door* is a module through which calls come in: the model and every module above a streamed block. A thread's
+outermost call through a door, or into a block directly, is its visit. Each thread has a stack of what it is inside of;
+what follows a forward is matched with what preceded it by the module, so that a hook that torch did not call (it skips
+them on KeyboardInterrupt) is made up for by the next one further out, by the next visit of the same thread, or by the
+thread's end. An unmatched hook is ignored.
+
+Concurrency: the stack is the thread's own; the schedule guards the rest.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lading.residency.schedule import Schedule, Visit
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Stay = AbstractContextManager[None]
+"""What an escort entered before a forward and is left after it."""
+
+
+class Escort(Protocol):
+    """Do what a module's calls need besides a place in the schedule: move inputs and outputs, gather rows."""
+
+    def arrive(self, visit: Visit, arguments: Arguments) -> tuple[Arguments | None, Stay | None]:
+        """Give other arguments for the forward, or None; and what to leave after it, which was entered."""
+
+    def depart(self, output: Any) -> Any:
+        """Give another output, or None."""
+
+
+class _Caller:
+    """What one thread is inside of; its end gives up what it still holds. One thread."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self.visit: Visit | None = None
+        self.stack: list[tuple[nn.Module, int | None, Stay | None]] = []
+
+    def unwind(self, depth: int, *, is_complete: bool = False) -> None:
+        """Leave everything above a depth of the stack; at its bottom the visit ends."""
+        while len(self.stack) > depth:
+            _, block, stay = self.stack.pop()
+            if stay is not None:
+                stay.__exit__(None, None, None)
+            if block is not None and self.visit is not None:
+                self._schedule.leave(self.visit, block)
+        if not self.stack and self.visit is not None:
+            visit, self.visit = self.visit, None
+            self._schedule.end(visit, is_complete=is_complete)
+
+    def __del__(self) -> None:
+        self.unwind(0)
+
+
+class Hooks:
+    """Stand at the doors and blocks of one model. Any thread may call the model; `remove` when nobody is inside.
+
+    Args:
+        schedule: admits threads.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._callers = threading.local()
+        self._handles: list[RemovableHandle] = []
+        self._insides: dict[int, frozenset[int]] = {}
+        self.owner: object = None
+        """Whoever must live as long as the hooks do."""
+
+    def add_door(self, module: nn.Module, reachable: frozenset[int], escort: Escort | None = None) -> None:
+        """Have a module open visits; ``reachable``: the blocks below it, which its first visit expects."""
+        self._insides[id(module)] = frozenset(map(id, module.modules()))
+        self._add(module, _Station(hooks=self, block=None, reachable=reachable, escort=escort))
+
+    def add_block(self, module: nn.Module, block: int | None, escort: Escort | None = None) -> None:
+        """Have a module enter and leave a block of the schedule, and be escorted; None for the escort alone."""
+        reachable = frozenset(() if block is None else (block,))
+        self._add(module, _Station(hooks=self, block=block, reachable=reachable, escort=escort))
+
+    def _add(self, module: nn.Module, station: _Station) -> None:
+        self._handles += [
+            module.register_forward_pre_hook(_Before(station), prepend=True, with_kwargs=True),
+            module.register_forward_hook(_After(station), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._insides.clear()
+
+    @property
+    def caller(self) -> _Caller:
+        """Give the calling thread's own record."""
+        caller: _Caller | None = getattr(self._callers, "caller", None)
+        if caller is None:
+            caller = self._callers.caller = _Caller(self._schedule)
+        return caller
+
+    def before(self, station: _Station, module: nn.Module, arguments: Arguments) -> Arguments | None:
+        """Enter a module; give other arguments for it, or None."""
+        caller = self.caller
+        if caller.stack and id(caller.stack[0][0]) in self._insides.get(id(module), ()):
+            caller.unwind(0)  # a module that calls what it is part of: an earlier call was interrupted
+        depth = len(caller.stack)
+        try:
+            if caller.visit is None:
+                caller.visit = self._schedule.begin(id(module), station.reachable)
+            if station.block is not None:
+                self._schedule.enter(caller.visit, station.block)
+            changed, stay = None, None
+            if station.escort is not None:
+                changed, stay = station.escort.arrive(caller.visit, arguments)
+            caller.stack.append((module, station.block, stay))
+        except BaseException:
+            if caller.visit is not None and station.block is not None:
+                self._schedule.leave(caller.visit, station.block)
+            caller.unwind(depth)
+            raise
+        return changed
+
+    def after(self, station: _Station, module: nn.Module, output: Any) -> Any:
+        """Leave a module, and whatever inside it was not left; give another output, or None."""
+        caller = self.caller
+        for depth in reversed(range(len(caller.stack))):
+            if caller.stack[depth][0] is module:
+                caller.unwind(depth, is_complete=output is not None)
+                break
+        else:
+            return None
+        return None if station.escort is None or output is None else station.escort.depart(output)
+
+
+def hooks_of(module: nn.Module) -> Hooks | None:
+    """Find the hooks that stand at a module; None where there are none."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _Before):
+            return hook.hooks
+    return None
+
+
+class _Station:
+    """What the two hooks of one module share. Immutable."""
+
+    __slots__ = ("block", "escort", "hooks", "reachable")
+
+    def __init__(self, *, hooks: Hooks, block: int | None, reachable: frozenset[int], escort: Escort | None) -> None:
+        self.hooks = hooks
+        self.block = block
+        self.reachable = reachable
+        self.escort = escort
+
+
+class _Before:
+    """Enter a module: its first hook."""
+
+    __slots__ = ("_station",)
+
+    def __init__(self, station: _Station) -> None:
+        self._station = station
+
+    @property
+    def hooks(self) -> Hooks:
+        """Give those it belongs to."""
+        return self._station.hooks
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        return self._station.hooks.before(self._station, module, (args, kwargs))
+
+    def __reduce__(self) -> tuple[type[_Leftover], tuple[()]]:
+        return _Leftover, ()
+
+
+class _After:
+    """Leave a module: its last hook."""
+
+    __slots__ = ("_station",)
+
+    def __init__(self, station: _Station) -> None:
+        self._station = station
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._station.hooks.after(self._station, module, output)
+
+    def __reduce__(self) -> tuple[type[_Leftover], tuple[()]]:
+        return _Leftover, ()
+
+
+class _Leftover:
+    """What becomes of a hook in a copy or pickle of the module, which is not offloaded: it goes when first called."""
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        tables: tuple[MutableMapping[int, Callable[..., Any]], ...] = (module._forward_pre_hooks, module._forward_hooks)
+        for table in tables:
+            for key, hook in list(table.items()):
+                if hook is self:
+                    del table[key]
