@@ -6,7 +6,7 @@ Composes `residency` with what `adapters` know of other libraries' hooks.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from lading.errors import PlanError, refusal
 from lading.placement.blocks import BlockRules, blocks_of, declared_whole
 from lading.placement.given import plan_of
 from lading.placement.plan import Plan
-from lading.residency.readers import Reader
 from lading.residency.residency import Residency
+from lading.residency.settings import Settings
 
 
 def offload(
@@ -27,6 +27,8 @@ def offload(
     plan: Plan | Mapping[str, Any],
     *,
     offload_folder: str | os.PathLike[str] | None = None,
+    skip_keys: str | Iterable[str] = (),
+    io_same_device: bool = True,
 ) -> Residency:
     """Run a model by a plan: what rests elsewhere is where it runs exactly while its forward runs.
 
@@ -40,6 +42,8 @@ def offload(
         plan: from `lading.plan`, or a device map: module names → devices.
         offload_folder: where that file is made; None for the system's temporary folder. It has no name and is gone when
             the process ends, however it ends. Weights of a mapped checkpoint need none.
+        skip_keys: names of arguments that are not moved between devices, such as ``"past_key_values"``.
+        io_same_device: bring outputs back to the device of the first input; False leaves them where they were made.
 
     Returns:
         What to ask for `stats`, to edit weights beside running forwards with `editing`, and to `close`; a context
@@ -62,7 +66,8 @@ def offload(
     if not isinstance(plan, Plan):
         plan = plan_of(blocks_of(model, BlockRules(no_split_classes=declared_whole(model))), plan)
     folder = None if offload_folder is None else Path(offload_folder)
-    return Residency(model, plan, offload_folder=folder, reader=Reader())
+    skipped = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
+    return Residency(model, plan, Settings(offload_folder=folder, skip_keys=skipped, io_same_device=io_same_device))
 
 
 def place(

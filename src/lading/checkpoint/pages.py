@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import numpy as np
 
 from lading import compat
 
+_LOG = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -118,6 +120,15 @@ class _ScanRegion(ctypes.Structure):
     """``struct page_region`` of linux/fs.h (6.7)."""
 
     _fields_ = (("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("categories", ctypes.c_uint64))
+
+
+def open_pagemap() -> Pagemap | None:
+    """Open this process's pagemap; None, with a warning, where it is closed: what was read then stays in memory."""
+    try:
+        return Pagemap()
+    except OSError as error:
+        _LOG.warning("weights stay in memory once they were used: /proc/self/pagemap cannot be read (%s)", error)
+        return None
 
 
 _PAGEMAP_SCAN = 3 << 30 | ctypes.sizeof(_ScanRequest) << 16 | ord("f") << 8 | 16

@@ -138,6 +138,12 @@ class Plan:
         return 1 - self.resident_bytes / self.bound if self.bound else 0.0
 
     @property
+    def fetch_bytes(self) -> int:
+        """Give what the main device has for fetched blocks: what is kept for them, and what is left."""
+        (use,) = (use for use in self.devices if use.device == self.main_device)
+        return (use.free_bytes or 0) + use.reserved.get("fetched blocks", 0)
+
+    @property
     def predicted_s(self) -> float | None:
         """Predict the seconds of one forward; None where bandwidths are not known.
 

@@ -42,12 +42,12 @@ class _Caller:
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self.visit: Visit | None = None
-        self.stack: list[tuple[nn.Module, int | None, Stay | None]] = []
+        self.stack: list[tuple[nn.Module, int | None, Stay | None, Escort | None]] = []
 
     def unwind(self, depth: int, *, is_complete: bool = False) -> None:
         """Leave everything above a depth of the stack; at its bottom the visit ends."""
         while len(self.stack) > depth:
-            _, block, stay = self.stack.pop()
+            _, block, stay, _ = self.stack.pop()
             if stay is not None:
                 stay.__exit__(None, None, None)
             if block is not None and self.visit is not None:
@@ -76,14 +76,17 @@ class Hooks:
         """Whoever must live as long as the hooks do."""
 
     def add_door(self, module: nn.Module, reachable: frozenset[int], escort: Escort | None = None) -> None:
-        """Have a module open visits; ``reachable``: the blocks below it, which its first visit expects."""
+        """Have a module open visits; ``reachable``: the blocks below it, which its first visit expects.
+
+        Its escort comes along where the door is the outermost.
+        """
         self._insides[id(module)] = frozenset(map(id, module.modules()))
-        self._add(module, _Station(hooks=self, block=None, reachable=reachable, escort=escort))
+        self._add(module, _Station(hooks=self, block=None, is_block=False, reachable=reachable, escort=escort))
 
     def add_block(self, module: nn.Module, block: int | None, escort: Escort | None = None) -> None:
         """Have a module enter and leave a block of the schedule, and be escorted; None for the escort alone."""
         reachable = frozenset(() if block is None else (block,))
-        self._add(module, _Station(hooks=self, block=block, reachable=reachable, escort=escort))
+        self._add(module, _Station(hooks=self, block=block, is_block=True, reachable=reachable, escort=escort))
 
     def _add(self, module: nn.Module, station: _Station) -> None:
         self._handles += [
@@ -117,9 +120,10 @@ class Hooks:
             if station.block is not None:
                 self._schedule.enter(caller.visit, station.block)
             changed, stay = None, None
-            if station.escort is not None:
-                changed, stay = station.escort.arrive(caller.visit, arguments)
-            caller.stack.append((module, station.block, stay))
+            escort = station.escort if station.is_block or not depth else None
+            if escort is not None:
+                changed, stay = escort.arrive(caller.visit, arguments)
+            caller.stack.append((module, station.block, stay, escort))
         except BaseException:
             if caller.visit is not None and station.block is not None:
                 self._schedule.leave(caller.visit, station.block)
@@ -131,12 +135,11 @@ class Hooks:
         """Leave a module, and whatever inside it was not left; give another output, or None."""
         caller = self.caller
         for depth in reversed(range(len(caller.stack))):
-            if caller.stack[depth][0] is module:
+            entered, _, _, escort = caller.stack[depth]
+            if entered is module:
                 caller.unwind(depth, is_complete=output is not None)
-                break
-        else:
-            return None
-        return None if station.escort is None or output is None else station.escort.depart(output)
+                return None if escort is None or output is None else escort.depart(output)
+        return None
 
 
 def hooks_of(module: nn.Module) -> Hooks | None:
@@ -150,11 +153,14 @@ def hooks_of(module: nn.Module) -> Hooks | None:
 class _Station:
     """What the two hooks of one module share. Immutable."""
 
-    __slots__ = ("block", "escort", "hooks", "reachable")
+    __slots__ = ("block", "escort", "hooks", "is_block", "reachable")
 
-    def __init__(self, *, hooks: Hooks, block: int | None, reachable: frozenset[int], escort: Escort | None) -> None:
+    def __init__(
+        self, *, hooks: Hooks, block: int | None, is_block: bool, reachable: frozenset[int], escort: Escort | None
+    ) -> None:
         self.hooks = hooks
         self.block = block
+        self.is_block = is_block
         self.reachable = reachable
         self.escort = escort
 

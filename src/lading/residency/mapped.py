@@ -13,7 +13,6 @@ Concurrency: `fetch` and `evict` run one at a time (one worker); `begin` runs wh
 
 from __future__ import annotations
 
-import logging
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lading.checkpoint.pages import Pagemap, Span, drop, merged
+from lading.checkpoint.pages import Span, drop, merged, open_pagemap
 from lading.errors import ResidencyError
 from lading.residency.backing import Region
 from lading.residency.readers import STEP_BYTES, Reader
 
-_LOG = logging.getLogger(__name__)
 _GRAIN = 2 << 20  # the largest folio that the kernel maps at once
 
 
@@ -85,11 +83,7 @@ class MappedMover:
         self._longest = max((span.num_bytes for span, _ in self._owned), default=0)
         self._windows = [self._window(block) for block in blocks]
         self._everything = merged([window for windows in self._windows for window in windows])
-        try:
-            self._pagemap: Pagemap | None = Pagemap()
-        except OSError as error:
-            self._pagemap = None
-            _LOG.warning("weights stay in memory once they were used: /proc/self/pagemap is closed (%s)", error)
+        self._pagemap = open_pagemap()
         self.edited_bytes = 0
 
     def _window(self, block: MappedBlock) -> tuple[Span, ...]:
@@ -153,6 +147,12 @@ class MappedMover:
 
     def enter(self, block: int) -> None:
         """Do nothing: the weights are where they always are."""
+
+    def join(self, block: int) -> None:
+        """Do nothing."""
+
+    def part(self, block: int) -> None:
+        """Do nothing."""
 
     def leave(self, block: int) -> None:
         """Do nothing."""

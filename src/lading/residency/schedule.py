@@ -12,8 +12,8 @@ What will be needed next is what the last visit through the same door needed nex
 says. The block whose next use is furthest is evicted first.
 
 Concurrency: any thread may call everything. `_lock` guards all fields; movers are called without it, except `enter`,
-`leave` and `begin`, which must not wait. One worker thread steps; where there is none (after a fork), whoever waits
-does.
+`join`, `part`, `leave` and `begin`, which must not wait. One worker thread steps; where there is none (after a fork),
+whoever waits does.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ class Mover(Protocol):
 
     def enter(self, block: int) -> None:
         """Make a fetched block usable: the first visitor enters. Must not wait."""
+
+    def join(self, block: int) -> None:
+        """Prepare the calling thread, which entered. Must not wait."""
+
+    def part(self, block: int) -> None:
+        """Note that the calling thread leaves. Must not wait."""
 
     def leave(self, block: int) -> None:
         """Undo `enter`: the last visitor left. Must not wait."""
@@ -254,8 +260,9 @@ class Schedule:
             self.counts.hits += 1
             self._lease(block)
             self._wake()
-            return
-        self._wait_for(_Ticket(block, self._sizes[block]))
+        else:
+            self._wait_for(_Ticket(block, self._sizes[block]))
+        self._mover.join(block)
 
     def _wait_for(self, ticket: _Ticket) -> None:
         self.counts.waits += 1
@@ -313,6 +320,7 @@ class Schedule:
         self._leases[block] += 1
 
     def _release(self, block: int) -> None:
+        self._mover.part(block)
         self._leases[block] -= 1
         if not self._leases[block]:
             self._mover.leave(block)

@@ -5,7 +5,7 @@ Pure functions over names and modules; nothing is moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +65,8 @@ def _unit(name: str, module: nn.Module, placement: Placement) -> Unit:
     )
 
 
-def doors_of(model: nn.Module, units: tuple[Unit, ...]) -> Iterator[tuple[nn.Module, frozenset[int]]]:
-    """Yield the model and every module above a unit, each with the numbers of the units below it."""
-    streamed = {unit.module: index for index, unit in enumerate(units)}
+def doors_of(model: nn.Module, streamed: Mapping[nn.Module, int]) -> Iterator[tuple[nn.Module, frozenset[int]]]:
+    """Yield the model and every module above a streamed one, each with the numbers of the blocks below it."""
     for module in model.modules():
         below = frozenset(streamed[part] for part in module.modules() if part in streamed and part is not module)
         if module is model or (below and module not in streamed):
