@@ -1,7 +1,8 @@
 """Stand in for an accelerator: streams whose work happens when a test lets it, memory that is poison until written.
 
-`FakeDevice` keeps a queue for the copying stream and one for each computing thread. Work in a queue runs in order; queues
-run in any order that marks allow, so `run` with a seeded generator tries interleavings that a real device may take.
+`FakeDevice` keeps a queue for the copying stream and one for each computing thread. Work in a queue runs in order;
+queues run in any order that marks allow, so `run` with a seeded generator tries interleavings that a real device may
+take.
 `LazyDevice` is the same without threads' queues, for whole models on the CPU: copies happen when somebody computes.
 """
 

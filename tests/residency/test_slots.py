@@ -1,4 +1,4 @@
-"""Slots on a device that does its work late and in any order: every reader sees its own block, nothing waits for ever."""
+"""Slots on a device that works late and in any order: every reader sees its own block, nothing waits for ever."""
 
 from __future__ import annotations
 

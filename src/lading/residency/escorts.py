@@ -64,10 +64,18 @@ class BlockEscort:
         device: the block's execution device.
         skip_keys: names of arguments that stay where they are.
         weights: of a block that runs from a slot; none for one that is always there.
+        slots: addresses of the slots' storages.
     """
 
-    def __init__(self, device: torch.device, skip_keys: Collection[str], weights: Sequence[nn.Parameter] = ()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        skip_keys: Collection[str],
+        weights: Sequence[nn.Parameter] = (),
+        slots: Collection[int] = (),
+    ) -> None:
         self._device = device
+        self._slots = frozenset(slots)
         self._skip_keys = frozenset(skip_keys)
         self._weights = tuple(weights)
 
@@ -91,8 +99,16 @@ class BlockEscort:
                 )
         return (moved(args, self._device), _except(kwargs, self._skip_keys, self._device)), None
 
-    def depart(self, output: Any) -> None:
-        """Leave the output on the execution device."""
+    def depart(self, output: Any) -> Any:
+        """Copy what an output shows of the slot itself: a block may return a view of its weight."""
+        if not any(self._is_in_slot(tensor) for tensor in tensors_in(output)):
+            return None
+        return pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.clone() if self._is_in_slot(tensor) else tensor, output
+        )
+
+    def _is_in_slot(self, tensor: torch.Tensor) -> bool:
+        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self._slots
 
 
 class TableEscort:

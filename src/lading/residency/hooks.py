@@ -33,7 +33,7 @@ class Escort(Protocol):
         """Give other arguments for the forward, or None; and what to leave after it, which was entered."""
 
     def depart(self, output: Any) -> Any:
-        """Give another output, or None."""
+        """Give another output, or None; the module is not left yet."""
 
 
 class _Caller:
@@ -137,8 +137,10 @@ class Hooks:
         for depth in reversed(range(len(caller.stack))):
             entered, _, _, escort = caller.stack[depth]
             if entered is module:
-                caller.unwind(depth, is_complete=output is not None)
-                return None if escort is None or output is None else escort.depart(output)
+                try:
+                    return None if escort is None or output is None else escort.depart(output)
+                finally:
+                    caller.unwind(depth, is_complete=output is not None)
         return None
 
 

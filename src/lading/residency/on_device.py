@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,10 @@ class OnDevice:
         self._state_hooks = []
         for index, units in enumerate(streamed.values()):
             for unit in units:
-                self.hooks.add_block(unit.module, index, BlockEscort(main, settings.skip_keys, unit.weights))
-                self._state_hooks.append(unit.module.register_state_dict_post_hook(self._show_homes))  # type: ignore[no-untyped-call]
+                self.hooks.add_block(
+                    unit.module, index, BlockEscort(main, settings.skip_keys, unit.weights, self._mover.addresses)
+                )
+                self._state_hooks.append(unit.module.register_state_dict_post_hook(partial(_show_homes, self._mover)))  # type: ignore[no-untyped-call]
         for unit in tables:
             self.hooks.add_block(unit.module, None, TableEscort(CPU, main))
         if len(self._devices) > 1:
@@ -186,13 +189,6 @@ class OnDevice:
             )
         )
 
-    def _show_homes(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        """Let a state dict hold homes, also where another thread is in a forward."""
-        for name, weight in module.named_parameters(remove_duplicate=False):
-            home = self._mover.home_of(weight)
-            if home is not None and f"{prefix}{name}" in state:
-                state[f"{prefix}{name}"] = home
-
     def close(self) -> None:
         """End the hooks and bring everything back."""
         self.schedule.close()
@@ -255,3 +251,11 @@ def _slots_of(blocks: list[SlotBlock], capacity: int) -> list[int]:
     largest = max((block.num_bytes for block in blocks), default=1)
     count = max(1, min(len(blocks), capacity // max(1, largest)))
     return [index % count for index in range(len(blocks))]
+
+
+def _show_homes(mover: SlotMover, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Let a state dict hold homes, also where another thread is in a forward: a hook."""
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        home = mover.home_of(weight)
+        if home is not None and f"{prefix}{name}" in state:
+            state[f"{prefix}{name}"] = home

@@ -96,6 +96,11 @@ class SlotMover:
         self.num_bytes = sum(widths.values())
         self._pagemap = open_pagemap()
 
+    @property
+    def addresses(self) -> frozenset[int]:
+        """Give where the slots are."""
+        return frozenset(memory.untyped_storage().data_ptr() for memory in self._memory.values())
+
     def begin(self) -> None:
         """Do nothing: homes are what they are, and copies of the last forwards were forgotten."""
 

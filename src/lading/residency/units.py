@@ -58,7 +58,7 @@ def _unit(name: str, module: nn.Module, placement: Placement) -> Unit:
     return Unit(
         name=name,
         module=module,
-        weights=tuple(module.parameters()),
+        weights=tuple(weight for weight in module.parameters() if weight.nbytes),
         by_use=frozenset(by_use),
         is_lookup=isinstance(module, nn.Embedding) and module.max_norm is None,
         placement=placement,
