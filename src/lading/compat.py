@@ -7,14 +7,30 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Linux: a private mapping without it is counted as if every page were written, and refused when larger than RAM."""
 
 MADV_POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
 """Linux 5.14: fault pages in, and answer EFAULT where a later access would be killed by SIGBUS."""
+
+
+def keep_from_compiling(function: Callable[..., Any]) -> None:
+    """Have torch.compile call a function as it is, and whatever it calls: never trace it, never compile it.
+
+    ``torch.compiler.disable`` does the same, at the price of importing the compiler. The mark on the function is what
+    the tracer reads; the strategy of its code is what the interpreter's frame hook reads (torch 2.6 and later).
+    """
+    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="lading moves weights here")
+    import torch
+
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 
 
 @cache

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lading import compat
 from lading.residency.schedule import Schedule, Visit
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -68,6 +69,8 @@ class Hooks:
     """
 
     def __init__(self, schedule: Schedule) -> None:
+        for hook in (Hooks.before, Hooks.after):
+            compat.keep_from_compiling(hook)
         self._schedule = schedule
         self._callers = threading.local()
         self._handles: list[RemovableHandle] = []
