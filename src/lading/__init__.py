@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lading.api.capturing import capture as capture
     from lading.api.embedding import Embedder as Embedder
     from lading.api.loading import load as load
     from lading.api.loading import load_into as load_into
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lading.checkpoint.empty import empty as empty
     from lading.checkpoint.report import LoadReport as LoadReport
     from lading.embed.store import VectorStore as VectorStore
+    from lading.errors import CaptureError as CaptureError
     from lading.errors import CheckpointError as CheckpointError
     from lading.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from lading.errors import CorruptShardError as CorruptShardError
@@ -40,6 +42,7 @@ _HOMES = {
     "load": "api.loading",
     "load_into": "api.loading",
     "empty": "checkpoint.empty",
+    "capture": "api.capturing",
     "plan": "api.planning",
     "offload": "api.offloading",
     "Residency": "residency.residency",
@@ -60,6 +63,7 @@ _HOMES = {
     "PlanError": "errors",
     "ResidencyError": "errors",
     "EmbedError": "errors",
+    "CaptureError": "errors",
     "StoreError": "errors",
     "MissingExtraError": "errors",
 }

@@ -43,6 +43,10 @@ class ResidencyError(LadingError, RuntimeError):
     """An offloaded model cannot do what was asked, or a block cannot be brought to where it runs."""
 
 
+class CaptureError(LadingError, RuntimeError):
+    """What was asked for cannot be captured completely: nothing is returned rather than a part of it."""
+
+
 class MissingExtraError(LadingError, ImportError):
     """A feature needs an optional dependency: the message names the extra to install."""
 

@@ -9,7 +9,16 @@ from lading.units import format_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyStats:
-    """Say what was fetched, how long threads waited, and what is held, since `lading.offload`. Immutable."""
+    """Say what was fetched, how long threads waited, and what is held, since `lading.offload`. Immutable.
+
+    Example:
+        >>> import lading, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> with lading.offload(net, {"": "disk"}) as residency:
+        ...     _ = net(torch.ones(1, 64))
+        ...     residency.stats().fetches, residency.stats().disk_bytes
+        (2, 0)
+    """
 
     fetched_bytes: int
     """Brought to the execution device, whether from the page cache, host memory or the disk."""

@@ -1,0 +1,66 @@
+"""Capture tensors inside a model: the public door of `recording`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from lading.recording.capture import Capture, open_capture
+from lading.recording.selection import Selection, Sink, Tokens
+
+
+def capture(  # noqa: PLR0913 - each says one thing about what is kept
+    model: nn.Module,
+    sites: str | type[nn.Module] | Iterable[str | type[nn.Module]],
+    *,
+    tokens: Tokens = None,
+    mask: torch.Tensor | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    to: str | torch.device | Sink | None = None,
+    view: bool = False,
+    detach: bool = True,
+    stop_after: str | None = None,
+) -> Capture:
+    """Keep what chosen modules take or give while a block of code runs, for the calling context alone.
+
+    Args:
+        model: not compiled; offloaded models and ``generate`` are fine.
+        sites: module names, patterns, classes: ``"model.layers.*"``, ``"model.layers.{0,6,-1}.self_attn"``,
+            ``"model.layers.3:input"``, ``"model.layers.3.self_attn:output[1]"``, or a class of modules. Of a module
+            that gives several tensors the first is kept, unless an element is named in brackets.
+        tokens: what is kept of tensors [rows, tokens, …]: ``"last"`` [rows, …], ``"mean"`` [rows, …], ``"mask"``
+            [unmasked tokens, …], or positions [rows, positions, …]. None: everything.
+        mask: [rows, tokens], for ``tokens``; None: the call's ``attention_mask``, or all tokens.
+        reduce: what is made of that; a function of one tensor.
+        dtype: what that is cast to.
+        to: the device on which it is kept (from an accelerator to ``"cpu"`` without waiting), or a function of name and
+            tensor that takes it instead.
+        view: keep the model's own tensors instead of copies of their own bytes.
+        detach: False keeps the graph, so that gradients flow through what was captured.
+        stop_after: a site after which the rest of the forward is not run. It ends the block of code; use
+            `Capture.until_stop` for several calls.
+
+    Returns:
+        A context manager whose value is itself: ``seen[name]`` is the tensor of the only call, ``seen.calls(name)``
+        lists those of all calls. Nobody else's forwards are kept, whichever thread runs them; ``seen.bind(function)``
+        lets a function be heard wherever it runs.
+
+    Raises:
+        CaptureError: a site that stands for nothing, a compiled model, a tensor that is not there; and, instead of a
+            part, where another thread ran layers for a captured forward.
+
+    Any thread; the model may be called from many meanwhile.
+
+    Example:
+        >>> import lading, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with lading.capture(net, ["0", "1:input"]) as seen:
+        ...     _ = net(torch.ones(3, 4))
+        >>> seen["0"].shape, torch.equal(seen["0"], seen["1:input"])
+        (torch.Size([3, 8]), True)
+    """
+    selection = Selection(tokens=tokens, mask=mask, reduce=reduce, dtype=dtype, to=to, view=view, detach=detach)
+    return open_capture(model, sites, selection, stop_after)

@@ -1,0 +1,141 @@
+"""Keep of a captured tensor what was asked for, at once, before anything accumulates.
+
+Shape suffixes: B rows, T tokens, K chosen tokens, N unmasked tokens of all rows, D whatever follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lading.errors import CaptureError, refusal
+
+Tokens = str | int | slice | Sequence[int] | torch.Tensor | None
+Sink = Callable[[str, torch.Tensor], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Say what of each captured tensor is kept, and where. Immutable."""
+
+    tokens: Tokens = None
+    """None: all. ``"last"``: the last unmasked one of each row, [B, D]. ``"mean"``: their mean, [B, D], in the tensor's
+    dtype, summed in float32 at least. ``"mask"``: all unmasked ones of all rows, [N, D]. Positions: [B, K, D]."""
+    mask: torch.Tensor | None = None
+    """[B, T], non-zero for tokens that count; None: the call's ``attention_mask``, and without one all count."""
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    dtype: torch.dtype | None = None
+    to: str | torch.device | Sink | None = None
+    """A device, or a function of name and tensor that takes it in place of us; None: it stays where it is."""
+    view: bool = False
+    """Keep the model's own tensor: no copy, all the bytes that it is a part of, and whatever is written to it later."""
+    detach: bool = True
+
+    def __post_init__(self) -> None:
+        named = ("last", "mean", "mask")
+        if isinstance(self.tokens, str) and self.tokens not in named:
+            raise CaptureError(
+                refusal(
+                    "tokens", found=repr(self.tokens), expected=f"one of {named}, or positions", way_out="choose one"
+                )
+            )
+        if self.view and (self.dtype is not None or self.to is not None):
+            raise CaptureError(
+                refusal("view=True", found="dtype= or to=", expected="neither: both copy", way_out="leave view out")
+            )
+
+    def apply(self, tensor: torch.Tensor, masks_BT: Sequence[torch.Tensor], name: str) -> tuple[torch.Tensor, Any]:
+        """Select, reduce, cast, move and copy.
+
+        Args:
+            tensor: as the module gave it.
+            masks_BT: of the call; the first that fits is used.
+            name: of the site, for messages.
+
+        Returns:
+            The kept tensor, in a storage of its own bytes unless ``view``; and an event that must be waited for before
+            it is read, or None.
+        """
+        kept = tensor.detach() if self.detach else tensor
+        if self.tokens is not None:
+            kept = self._choose(kept, masks_BT, name)
+        if self.reduce is not None:
+            kept = self.reduce(kept)
+        if self.dtype is not None:
+            kept = kept.to(self.dtype)
+        event = None
+        if self.to is not None and not callable(self.to):
+            kept, event = _moved(kept, torch.device(self.to))
+        if not self.view and (_shares(kept, tensor) or kept.untyped_storage().nbytes() > kept.nbytes):
+            kept = kept.clone(memory_format=torch.contiguous_format)
+        return kept, event
+
+    def _choose(self, kept_BTD: torch.Tensor, masks_BT: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+        if kept_BTD.dim() < 2:
+            raise CaptureError(
+                refusal(
+                    f"site {name!r}",
+                    found=f"shape {tuple(kept_BTD.shape)}",
+                    expected="rows and tokens, because of tokens=",
+                    way_out="leave tokens out, or use reduce",
+                )
+            )
+        if not isinstance(self.tokens, str):
+            return _at(kept_BTD, self.tokens)
+        given = [self.mask] if self.mask is not None else list(masks_BT)
+        mask_BT = _fitting(given, kept_BTD, name, is_given=self.mask is not None)
+        if self.tokens == "mask":
+            return kept_BTD[mask_BT]
+        if self.tokens == "last":
+            positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+            last_B = (mask_BT * (positions_T + 1)).argmax(dim=1)
+            return kept_BTD[torch.arange(len(kept_BTD), device=kept_BTD.device), last_B]
+        weights = mask_BT.reshape(*mask_BT.shape, *[1] * (kept_BTD.dim() - 2))
+        wide = torch.promote_types(kept_BTD.dtype, torch.float32)
+        total_BD = (kept_BTD.to(wide) * weights).sum(dim=1)
+        return (total_BD / weights.sum(dim=1).clamp(min=1)).to(kept_BTD.dtype)
+
+
+def _at(kept_BTD: torch.Tensor, tokens: Any) -> torch.Tensor:
+    if isinstance(tokens, int):
+        return kept_BTD[:, tokens]
+    if isinstance(tokens, slice):
+        return kept_BTD[:, tokens]
+    return kept_BTD[:, torch.as_tensor(tokens, device=kept_BTD.device)]
+
+
+def _fitting(masks_BT: Sequence[torch.Tensor], kept_BTD: torch.Tensor, name: str, *, is_given: bool) -> torch.Tensor:
+    """Give the mask whose tokens these are: of their number, or longer where a cache holds the tokens before them."""
+    num_rows, num_tokens = kept_BTD.shape[:2]
+    of_rows = [mask for mask in masks_BT if mask.dim() == 2 and mask.shape[0] == num_rows]
+    exact = next((mask for mask in of_rows if mask.shape[1] == num_tokens), None)
+    longer = next((mask[:, -num_tokens:] for mask in of_rows if mask.shape[1] > num_tokens), None)
+    found = exact if exact is not None else longer
+    if found is not None:
+        return found.to(device=kept_BTD.device, dtype=torch.bool)
+    if is_given:
+        raise CaptureError(
+            refusal(
+                f"mask for site {name!r}",
+                found=f"shape {tuple(masks_BT[0].shape)}",
+                expected=f"[{num_rows}, {num_tokens}]",
+                way_out="pass a mask of the tokens that this site sees",
+            )
+        )
+    return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=kept_BTD.device)
+
+
+def _moved(kept: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, Any]:
+    """Copy to a device; from an accelerator to the host through pinned memory, without waiting for it."""
+    if device.type != "cpu" or kept.device.type == "cpu" or kept.requires_grad:
+        return kept.to(device), None
+    host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+    host.copy_(kept, non_blocking=True)
+    return host, torch.accelerator.current_stream(kept.device).record_event()
+
+
+def _shares(kept: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return kept.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
