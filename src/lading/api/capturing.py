@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from lading.recording.capture import Capture, open_capture
+from lading.recording.groups import Group
 from lading.recording.selection import Selection, Sink, Tokens
+
+DECLARED = ("hidden_states", "attentions", "cross_attentions", "router_logits")
 
 
 def capture(  # noqa: PLR0913 - each says one thing about what is kept
@@ -30,7 +33,12 @@ def capture(  # noqa: PLR0913 - each says one thing about what is kept
         model: not compiled; offloaded models and ``generate`` are fine.
         sites: module names, patterns, classes: ``"model.layers.*"``, ``"model.layers.{0,6,-1}.self_attn"``,
             ``"model.layers.3:input"``, ``"model.layers.3.self_attn:output[1]"``, or a class of modules. Of a module
-            that gives several tensors the first is kept, unless an element is named in brackets.
+            that gives several tensors the first is kept, unless an element is named in brackets. For transformers
+            models also ``"hidden_states"``, ``"attentions"``, ``"cross_attentions"`` or ``"router_logits"``, as the
+            architecture declares them: ``seen.hidden_states`` is the tuple that it would return, its first entry the
+            first layer's input, its last one the model's output where the architecture says so (behind the final
+            norm; ``seen.calls`` of the last layer is what was before it). With several models inside, such as encoder
+            and decoder, each is ``seen.group("encoder.hidden_states")``.
         tokens: what is kept of tensors [rows, tokens, …]: ``"last"`` [rows, …], ``"mean"`` [rows, …], ``"mask"``
             [unmasked tokens, …], or positions [rows, positions, …]. None: everything.
         mask: [rows, tokens], for ``tokens``; None: the call's ``attention_mask``, or all tokens.
@@ -63,4 +71,15 @@ def capture(  # noqa: PLR0913 - each says one thing about what is kept
         (torch.Size([3, 8]), True)
     """
     selection = Selection(tokens=tokens, mask=mask, reduce=reduce, dtype=dtype, to=to, view=view, detach=detach)
-    return open_capture(model, sites, selection, stop_after)
+    asked = [sites] if isinstance(sites, (str, type)) else list(sites)
+    plain: list[str | type[nn.Module]] = []
+    groups: list[Group] = []
+    names = dict(model.named_modules())
+    for each in asked:
+        if isinstance(each, str) and each in DECLARED and each not in names:
+            from lading.adapters.transformers_sites import declared_groups
+
+            groups += declared_groups(model, each)
+        else:
+            plain.append(each)
+    return open_capture(model, plain, selection, stop_after, tuple(groups))

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lading.errors import CaptureError, name_list, refusal
+from lading.recording.groups import Group
 from lading.recording.selection import Selection
 from lading.recording.sites import Site, resolve
 
@@ -65,15 +66,19 @@ class Capture:
         sites: tuple[Site, ...],
         selection: Selection,
         stop_after: Site | None = None,
-        groups: Mapping[str, tuple[str, ...]] | None = None,
+        groups: tuple[Group, ...] = (),
     ) -> None:
         self._model = model
-        self._sites = sites
+        self._sites = tuple(
+            {site.name: site for site in (*sites, *(s for each in groups for s in each.sites))}.values()
+        )
         self._selection = selection
         self._stop_after = stop_after
-        self._groups = dict(groups or {})
+        self._groups = {group.name: group for group in groups}
+        self._order: list[str] = []
+        """The sites in the order in which they were called."""
         self._lock = threading.Lock()
-        self._kept: dict[str, list[tuple[Any, Any]]] = {site.name: [] for site in sites}
+        self._kept: dict[str, list[tuple[Any, Any]]] = {site.name: [] for site in self._sites}
         self._running: list[_Call] = []
         self._state = "new"
         self._tokens: tuple[Any, Any] = (None, None)
@@ -84,6 +89,11 @@ class Capture:
     def names(self) -> tuple[str, ...]:
         """List the sites."""
         return tuple(self._kept)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """List the groups."""
+        return tuple(self._groups)
 
     def calls(self, name: str) -> list[torch.Tensor]:
         """Give what one site was seen to give, call by call.
@@ -119,10 +129,41 @@ class Capture:
         return found[0]
 
     def __getattr__(self, name: str) -> tuple[torch.Tensor, ...]:
-        groups = self.__dict__.get("_groups", {})
-        if name not in groups:
+        if name not in self.__dict__.get("_groups", {}):
             raise AttributeError(f"nothing was asked for under the name {name!r}")
-        return tuple(self[site] for site in groups[name])
+        return self.group(name)
+
+    def group(self, name: str) -> tuple[torch.Tensor, ...]:
+        """Give a group's tensors in the order of the calls: what transformers returns under its name.
+
+        Raises:
+            KeyError: no such group was asked for.
+            CaptureError: nothing was seen of it.
+        """
+        if name not in self._groups:
+            raise KeyError(refusal("seen", found=repr(name), expected=name_list(self._groups), way_out="ask for it"))
+        group = self._groups[name]
+        kept = {site.name: self.calls(site.name) for site in group.sites}
+        with self._lock:
+            order = [each for each in self._order if any(each == site.name for site in group.members)]
+        if not order:
+            raise CaptureError(
+                refusal(
+                    f"group {name!r}",
+                    found="no tensor in it",
+                    expected="one of each layer",
+                    way_out='call the model; attention weights exist under attn_implementation="eager" alone',
+                )
+            )
+        begun = [] if group.first is None else kept[group.first.name][:1]
+        positions = dict.fromkeys(order, 0)
+        members = []
+        for each in order:
+            members.append(kept[each][positions[each]])
+            positions[each] += 1
+        if group.last is not None and kept[group.last.name]:
+            members[-1:] = kept[group.last.name][-1:]
+        return (*begun, *members)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
@@ -224,14 +265,18 @@ class Capture:
         masks = calls[-1].masks if calls else []
         for site in self._sites:
             if site.module is module:
-                kept, event = self._selection.apply(site.find(args, kwargs, output), masks, site.name)
                 for call in calls:
                     call.heard.add(site.name)
+                found = site.find(args, kwargs, output)
+                if found is None:
+                    continue
+                kept, event = self._selection.apply(found, masks, site.name)
                 if callable(self._selection.to):
                     self._selection.to(site.name, kept)
                 else:
                     with self._lock:
                         self._kept[site.name].append((kept, event))
+                        self._order.append(site.name)
         if self._stop_after is not None and self._stop_after.module is module:
             for call in calls:
                 call.is_stopped = True
@@ -320,8 +365,9 @@ def open_capture(
     sites: str | type[nn.Module] | Iterable[str | type[nn.Module]],
     selection: Selection,
     stop_after: str | None = None,
+    groups: tuple[Group, ...] = (),
 ) -> Capture:
-    """Make a capture of plain sites.
+    """Make a capture of plain sites and groups.
 
     Raises:
         CaptureError: a site stands for nothing, or several to stop after, or a compiled model.
@@ -341,7 +387,7 @@ def open_capture(
         raise CaptureError(
             refusal("stop_after", found=f"{len(last)} modules", expected="one", way_out="name the last of them")
         )
-    return Capture(model, resolve(model, sites), selection, last[0] if last else None)
+    return Capture(model, resolve(model, sites), selection, last[0] if last else None, groups)
 
 
 def _is_compiled(module: nn.Module) -> bool:

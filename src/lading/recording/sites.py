@@ -37,15 +37,19 @@ class Site:
     """``"input"`` or ``"output"``."""
     element: str | int | None
     """Which of several; None for the only or the first tensor."""
+    is_optional: bool = False
+    """Whether calls in which it is None are passed over."""
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> torch.Tensor:
-        """Take the tensor of this site out of one call.
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> torch.Tensor | None:
+        """Take the tensor of this site out of one call; None for an optional one that is not there.
 
         Raises:
             CaptureError: there is none.
         """
         value = output if self.side == "output" else _Arguments(args, kwargs)
         found = _element(value, self.element)
+        if found is None and self.is_optional:
+            return None
         if not isinstance(found, torch.Tensor):
             raise CaptureError(
                 refusal(
@@ -72,15 +76,16 @@ class _Arguments:
 
 def _element(value: Any, element: str | int | None) -> Any:
     """Take a named or numbered one of several, or the first tensor; None where there is none."""
+    if isinstance(value, torch.Tensor):
+        return value if element in (None, 0, -1) else None
     if isinstance(element, str):
         named = value.kwargs if isinstance(value, _Arguments) else value
         return named.get(element) if isinstance(named, Mapping) else getattr(named, element, None)
-    if isinstance(value, torch.Tensor):
-        listed: list[Any] = [value]
-    elif isinstance(value, (_Arguments, Mapping)):
+    listed: list[Any] = []
+    if isinstance(value, (_Arguments, Mapping)):
         listed = list(value.values())
-    else:
-        listed = list(value) if isinstance(value, (list, tuple)) else []
+    elif isinstance(value, (list, tuple)):
+        listed = list(value)
     if element is None:
         return next((each for each in listed if isinstance(each, torch.Tensor)), None)
     return listed[element] if -len(listed) <= element < len(listed) else None

@@ -1,0 +1,135 @@
+"""Find the sites behind the names that transformers gives to what its models can return: ``hidden_states`` and others.
+
+A model declares them in ``_can_record_outputs``, itself and each model inside it: a name → a class of modules, an index
+into their outputs and a part of their path. What transformers does with that declaration is done here with sites: the
+first hidden state is the input of the first layer, the last one the model's own output where its decorator says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lading.errors import CaptureError, name_list, refusal
+from lading.recording.groups import Group
+from lading.recording.sites import Site
+
+
+def declared_groups(model: nn.Module, name: str) -> tuple[Group, ...]:
+    """Give the groups of one name, one for each model inside that declares it.
+
+    Raises:
+        CaptureError: no model inside declares it, or only some do; the message lists what is declared.
+    """
+    owners = [(path, owner) for path, owner in model.named_modules() if _declared(owner)]
+    found = [(path, owner) for path, owner in owners if name in _declared(owner)]
+    groups = [group for path, owner in found if (group := _group(path, owner, name)) is not None]
+    if not groups:
+        known = sorted({key for _, owner in owners for key in _declared(owner)})
+        raise CaptureError(
+            refusal(
+                f"{name!r} of {type(model).__name__}",
+                found="no declaration of it",
+                expected=f"one of {name_list(known)}" if known else "a model that declares what it can return",
+                way_out="name the modules, such as 'encoder.layer.*'",
+            )
+        )
+    silent = [path for path, inner in model.named_modules() if _is_silent(inner)]
+    if silent:
+        raise CaptureError(
+            refusal(
+                f"{name!r} of {type(model).__name__}",
+                found=f"no declaration of anything in {name_list(silent)}",
+                expected="one in each model inside: a part of the answer would look like all of it",
+                way_out=f"name the modules of each, such as '{silent[0]}.*'",
+            )
+        )
+    if len(groups) == 1:
+        return (_named(groups[0], name),)
+    return tuple(groups)
+
+
+def _declared(owner: nn.Module) -> dict[str, Any]:
+    declared = getattr(owner, "_can_record_outputs", None) if isinstance(owner, PreTrainedModel) else None
+    return declared if isinstance(declared, dict) else {}
+
+
+def _is_silent(inner: nn.Module) -> bool:
+    """Say whether a model has layers, and neither it nor any model inside it declares what it can return."""
+    if not isinstance(inner, PreTrainedModel) or any(_declared(part) for part in inner.modules()):
+        return False
+    has_inner = any(isinstance(part, PreTrainedModel) for part in inner.modules() if part is not inner)
+    return not has_inner and any(isinstance(part, nn.ModuleList) for part in inner.modules())
+
+
+def _named(group: Group, name: str) -> Group:
+    return Group(name=name, first=group.first, members=group.members, last=group.last)
+
+
+def _group(path: str, owner: nn.Module, name: str) -> Group | None:
+    declared = _declared(owner)[name]
+    members: dict[str, Site] = {}
+    wanted = declared if isinstance(declared, list) else [declared]
+    is_hidden = "hidden_states" in name
+    for member_path, module in _own_modules(owner):
+        for each in wanted:
+            index = getattr(each, "index", 0 if is_hidden else 1)
+            if _is_meant(each, member_path, module):
+                full = _join(path, member_path)
+                members.setdefault(full, _site(full, module, f"output[{index}]", index))
+    if not members:
+        return None
+    first = next(iter(members.values())) if name == "hidden_states" else None
+    takes_input = all(getattr(each, "capture_initial_hidden_state", True) for each in wanted)
+    return Group(
+        name=_join(path, name),
+        first=None if first is None or not takes_input else _input(first),
+        members=tuple(members.values()),
+        last=_site(path, owner, "output[last_hidden_state]", "last_hidden_state")
+        if name == "hidden_states" and _ends_with_own_output(owner)
+        else None,
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _site(path: str, module: nn.Module, suffix: str, element: str | int) -> Site:
+    return Site(name=f"{path}:{suffix}", path=path, module=module, side="output", element=element, is_optional=True)
+
+
+def _input(site: Site) -> Site:
+    return Site(name=f"{site.path}:input", path=site.path, module=site.module, side="input", element=None)
+
+
+def _own_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model that are not those of a model inside it."""
+    inner: set[str] = set()
+    for path, module in owner.named_modules():
+        if path and isinstance(module, PreTrainedModel):
+            inner.add(path)
+        if not any(path == each or path.startswith(f"{each}.") for each in inner):
+            yield path, module
+
+
+def _is_meant(declared: Any, path: str, module: nn.Module) -> bool:
+    target = getattr(declared, "target_class", declared)
+    suffix = getattr(declared, "class_name", None) or (declared if isinstance(declared, str) else None)
+    part = getattr(declared, "layer_name", None)
+    is_one = (isinstance(target, type) and isinstance(module, target)) or (suffix is not None and path.endswith(suffix))
+    return is_one and (part is None or f".{part.strip('.')}." in f".{path}.")
+
+
+def _ends_with_own_output(owner: nn.Module) -> bool:
+    """Say whether the last hidden state is the model's output: what its configuration, else its decorator says."""
+    said = getattr(owner.config, "tie_last_hidden_states", None)
+    forward: Any = type(owner).forward
+    while said is None and forward is not None:  # decorators around it
+        said = inspect.getclosurevars(forward).nonlocals.get("tie_last_hidden_states")
+        forward = getattr(forward, "__wrapped__", None)
+    return said is not False
