@@ -369,6 +369,24 @@ def test_offload_takes_over_what_from_pretrained_hooked(saved: Directory, tmp_pa
     assert_whole(model_class.from_pretrained(tmp_path / "saved"), copied(plain))
 
 
+@pytest.mark.parametrize("name", ["resnet", "deepseek_v3"])
+@pytest.mark.parametrize("is_safe", [True, False], ids=["safetensors", "bin"])
+def test_offload_loads_the_buffers_that_transformers_left_out(tmp_path, name, is_safe):
+    architecture = BY_NAME[name]
+    plain = architecture.build()
+    if is_safe:
+        plain.save_pretrained(tmp_path)
+    else:
+        plain.config.save_pretrained(tmp_path)
+        torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
+    plain = architecture.resolve().from_pretrained(tmp_path).eval()
+    options = {"device_map": homes(plain), "offload_folder": tmp_path / "off"}
+    model = architecture.resolve().from_pretrained(tmp_path, **options).eval()
+    with lading.offload(model, {"": "disk"}, replace_hooks=True), torch.no_grad():
+        assert_whole(model, copied(plain))
+        assert_same(architecture.run(model), architecture.run(plain))
+
+
 def assert_same(found: Any, expected: Any) -> None:
     pairs = list(zip(tensors(found), tensors(expected), strict=True))
     assert pairs

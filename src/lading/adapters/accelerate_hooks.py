@@ -8,6 +8,7 @@ Imports no accelerate: its hooks are known by their attributes (1.15). Thread ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,9 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lading.adapters.accelerate_weights import Finder, put_back, refuse_meta, restored_on_failure
+from lading import compat
+from lading.adapters.accelerate_weights import (
+    Finder,
+    has_bits,
+    put_back,
+    refuse_meta,
+    restored_on_failure,
+    slots_by_name,
+)
 from lading.errors import CheckpointError, ResidencyError, name_list, refusal
 
+_LOG = logging.getLogger(__name__)
 _WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 _KEPT = ("_hf_hook", "_old_forward", "forward", "hf_device_map", *_WRAPPED)
 
@@ -66,6 +76,7 @@ def unhooked(model: nn.Module, *, replace: bool) -> Iterator[None]:
         values, marked, reasons = _collect(hooked)
         put_back(model, values, marked)
         refuse_meta(model, reasons)
+        _load_left_out(model, hooked)
         for module in dict.fromkeys([model, *hooked.values()]):
             _take_off(module, undo)
         yield
@@ -127,6 +138,31 @@ def _collect(hooked: dict[str, nn.Module]) -> tuple[dict[str, torch.Tensor], set
                 if name in hook.tied_params_names:
                     marked.add(full_name)
     return values, marked, reasons
+
+
+def _load_left_out(model: nn.Module, hooked: dict[str, nn.Module]) -> None:
+    """Load the buffers that ``from_pretrained`` of transformers 4 leaves as they were built, where a module is on disk.
+
+    They are in the index, and nobody reads them from there unless ``offload_buffers=True``: BatchNorm's statistics or
+    a router's bias are initial values then, and accelerate's outputs are wrong without an error.
+    """
+    is_transformers = any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+    if compat.has_transformers5() or not is_transformers:
+        return
+    finder, slots = Finder(), slots_by_name(model)
+    loaded = []
+    for path, module in hooked.items():
+        for hook in _hooks_of(module):
+            if not getattr(hook, "offload", False) or hook.offload_buffers:
+                continue
+            for name, held in module.named_buffers(recurse=hook.place_submodules):
+                full_name = f"{path}.{name}" if path else name
+                value = finder.find_in_index(hook.weights_map, name) if full_name in slots else None
+                if value is not None and value.shape == held.shape and not has_bits(held, value.to(held)):
+                    slots[full_name].put(value.to(held))
+                    loaded.append(full_name)
+    if loaded:
+        _LOG.warning("loaded from their files: %s, which transformers 4 left out of modules on disk", name_list(loaded))
 
 
 def _take_off(module: nn.Module, undo: ExitStack) -> None:

@@ -84,6 +84,13 @@ class Finder:
             raise KeyError(name)
         return self._tensor_of_dat(Path(weights.save_folder) / f"{name}.dat", name, entry)
 
+    def find_in_index(self, weights: Any, name: str) -> torch.Tensor | None:
+        """Find a weight as `find` does, but only in files that an index names; None where it is not."""
+        while hasattr(weights, "dataset") and hasattr(weights, "prefix"):
+            weights, name = weights.dataset, f"{weights.prefix}{name}"
+        is_there = name in getattr(weights, "index", ()) and name not in weights.state_dict
+        return self.find(weights, name) if is_there else None
+
     def _tensor(self, path: Path, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if path not in self._mappings:
             self._mappings[path] = ShardMapping(read_header(path))
@@ -188,7 +195,7 @@ def put_back(model: nn.Module, values: Mapping[str, torch.Tensor], marked: Colle
             candidates += alike.get((value.shape, value.dtype), ())
         known = views.get(_view_of(value)) if value.numel() else None
         if known is None:
-            known = next((each for each in candidates if not each.is_meta and _has_bits(each, value)), None)
+            known = next((each for each in candidates if not each.is_meta and has_bits(each, value)), None)
         if known is None or type(known) is not type(held):
             known = _real_like(held, value)
         made[id(held)] = views[_view_of(value)] = known
@@ -211,7 +218,8 @@ def _real_like(held: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def _has_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def has_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors are equal bit for bit, shape, dtype and device included."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
     return torch.equal(one.detach().reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
@@ -239,7 +247,7 @@ def fill(model: nn.Module, laid_aside: LaidAside) -> None:
         elif name in laid_aside.state_dict:
             if held.data_ptr() != value.data_ptr():
                 held.data = value.to(device=held.device, dtype=held.dtype)
-        elif not _has_bits(held, value.to(device=held.device, dtype=held.dtype)):
+        elif not has_bits(held, value.to(device=held.device, dtype=held.dtype)):
             changed.append(name)
     if unknown or changed:
         found = f"other names or shapes: {name_list(unknown)}" if unknown else f"other values of {name_list(changed)}"
