@@ -1,7 +1,7 @@
 """Stand in for accelerate's ``infer_auto_device_map``: its signature and its kind of answer, with lading's plan inside.
 
 Knows how accelerate's users write their arguments; `lading.placement` decides. Needs no accelerate, and the plan keeps
-the room that accelerate's own hooks need.
+the room that accelerate's own hooks need. The calls that carry a map out are in `accelerate_dispatch`, named here too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lading.adapters.accelerate_dispatch import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+)
 from lading.errors import PlanError, refusal
 from lading.placement.blocks import BlockRules, blocks_of
 from lading.placement.budget import Device, budget_of
@@ -23,6 +29,14 @@ from lading.placement.hardware import free_memory
 from lading.placement.plan import PlanWarning
 from lading.placement.planner import Request, make_plan
 from lading.units import parse_dtype
+
+__all__ = [
+    "cpu_offload",
+    "disk_offload",
+    "dispatch_model",
+    "infer_auto_device_map",
+    "load_checkpoint_and_dispatch",
+]
 
 _PACKED_BITS = {"fp8": 8, "int4": 4, "int2": 2}
 """The members of ``accelerate.utils.CustomDtype``, by value: bits of one number."""

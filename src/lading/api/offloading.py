@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lading.adapters.accelerate_hooks import unhooked
 from lading.api.arguments import BY_PLAN
 from lading.api.planning import plan as make_plan
 from lading.errors import PlanError, refusal
@@ -22,13 +23,14 @@ from lading.residency.residency import Residency
 from lading.residency.settings import Settings
 
 
-def offload(
+def offload(  # noqa: PLR0913 - the names that users of device maps know
     model: nn.Module,
     plan: Plan | Mapping[str, Any],
     *,
     offload_folder: str | os.PathLike[str] | None = None,
     skip_keys: str | Iterable[str] = (),
     io_same_device: bool = True,
+    replace_hooks: bool = False,
 ) -> Residency:
     """Run a model by a plan: what rests elsewhere is where it runs exactly while its forward runs.
 
@@ -44,13 +46,18 @@ def offload(
             the process ends, however it ends. Weights of a mapped checkpoint need none.
         skip_keys: names of arguments that are not moved between devices, such as ``"past_key_values"``.
         io_same_device: bring outputs back to the device of the first input; False leaves them where they were made.
+        replace_hooks: take over a model that accelerate hooked, as ``from_pretrained(device_map=…)`` does: the hooks go
+            for good, and every weight that they parked on meta comes back, from safetensors and ``.dat`` files as a
+            view. `close` leaves a plain model on the CPU.
 
     Returns:
         What to ask for `stats`, to edit weights beside running forwards with `editing`, and to `close`; a context
         manager. It may be dropped: the model keeps it, and `Residency.of` finds it again.
 
     Raises:
-        ResidencyError: the plan is not about this model, weights are on meta, or no room to write.
+        ResidencyError: the plan is not about this model; weights are on meta, or hooks of accelerate there that are not
+            to be replaced or whose weights are not all to be found (they are named); no room to write. The model is as
+            before then.
         PlanError: a device map that leaves a block out.
 
     Nobody may be inside a forward meanwhile. Afterwards any number of threads may call the model.
@@ -63,11 +70,13 @@ def offload(
         ...     residency.stats().fetches
         2
     """
-    if not isinstance(plan, Plan):
-        plan = plan_of(blocks_of(model, BlockRules(no_split_classes=declared_whole(model))), plan)
     folder = None if offload_folder is None else Path(offload_folder)
     skipped = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
-    return Residency(model, plan, Settings(offload_folder=folder, skip_keys=skipped, io_same_device=io_same_device))
+    settings = Settings(offload_folder=folder, skip_keys=skipped, io_same_device=io_same_device)
+    with unhooked(model, replace=replace_hooks):
+        if not isinstance(plan, Plan):
+            plan = plan_of(blocks_of(model, BlockRules(no_split_classes=declared_whole(model))), plan)
+        return Residency(model, plan, settings)
 
 
 def place(

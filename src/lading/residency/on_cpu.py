@@ -39,7 +39,7 @@ class OnCpu:
         sizes = [block.num_bytes for block in blocks]
         streamed = {id(weight) for unit in units for weight in unit.weights}
         resident = [storage_span(weight) for weight in model.parameters() if id(weight) not in streamed]
-        self._room = ByteRoom(sizes, plan.fetch_bytes)
+        self._room = ByteRoom(sizes, _capacity(plan, units, sizes))
         self._mover = MappedMover(blocks, resident, settings.reader, self._room.keep)
         fetched = [index for index, unit in enumerate(units) if not unit.is_lookup]
         self.schedule = Schedule(sizes, self._room, self._mover, fetched)
@@ -86,6 +86,17 @@ class OnCpu:
             reader=self._reader.name,
             read_bytes_per_s=self._reader.cold_bytes / self._reader.cold_s if self._reader.cold_s else None,
         )
+
+
+def _capacity(plan: Plan, units: Sequence[Unit], sizes: Sequence[int]) -> int:
+    """Give the bytes for what is fetched: as planned, or without a limit at least two blocks in whole pages.
+
+    A small block in several files has more bytes of pages than of weights.
+    """
+    if any(use.budget_bytes is not None for use in plan.devices if use.device == plan.main_device):
+        return plan.fetch_bytes
+    fetched = max((size for unit, size in zip(units, sizes, strict=True) if not unit.is_lookup), default=0)
+    return max(plan.fetch_bytes, 2 * fetched, max(sizes, default=0))
 
 
 def _blocks(units: Sequence[Unit], offload_folder: Path | None) -> tuple[list[MappedBlock], Spill]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lading.errors import ResidencyError, refusal
 from lading.placement.plan import Plan
+from lading.residency.device_map import show_device_map
 from lading.residency.hooks import hooks_of
 from lading.residency.on_cpu import OnCpu
 from lading.residency.on_device import OnDevice
@@ -35,12 +36,14 @@ class Residency:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, settings: Settings) -> None:
+        refuse_offloaded(model)
         self.plan = plan
         is_on_cpu = {placement.execution_device for placement in plan.placements} <= {"cpu"}
         self._parts = OnCpu(model, plan, settings) if is_on_cpu else OnDevice(model, plan, settings)
         self._parts.hooks.owner = self
         self._is_open = True
         self._finalizer = weakref.finalize(model, self._parts.schedule.abandon)
+        self._hide_device_map = show_device_map(model, plan.device_map)
 
     @staticmethod
     def of(model: nn.Module) -> Residency | None:
@@ -87,6 +90,7 @@ class Residency:
         self._is_open = False
         self._finalizer.detach()
         self._parts.close()
+        self._hide_device_map()
 
     def __enter__(self) -> Residency:
         return self
@@ -99,3 +103,20 @@ class Residency:
     def __repr__(self) -> str:
         state = "open" if self._is_open else "closed"
         return f"<Residency {state}: {self.stats()}>"
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse a model with an open residency: two would count and evict the same weights.
+
+    Raises:
+        ResidencyError: there is one.
+    """
+    if Residency.of(model) is not None:
+        raise ResidencyError(
+            refusal(
+                type(model).__name__,
+                found="a model that is offloaded already",
+                expected="one that is not",
+                way_out="close what lading.offload returned; lading.residency.residency.Residency.of(model) finds it",
+            )
+        )

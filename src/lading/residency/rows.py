@@ -45,7 +45,9 @@ class RowEscort:
         """Borrow room for the rows, and have the kernel begin reading them."""
         args, kwargs = arguments
         ids = args[0] if args else kwargs.get("input")
-        if not isinstance(ids, torch.Tensor) or not self._span.begin <= self._weight.data_ptr() < self._span.end:
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
+            return None, None  # a subclass whose forward finds its ids otherwise; its rows are faulted in unannounced
+        if not self._span.begin <= self._weight.data_ptr() < self._span.end:
             return None, None
         spans = self._spans(ids)
         num_bytes = sum(span.outward(_AROUND_BYTES).num_bytes for span in spans)
