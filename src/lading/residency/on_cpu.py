@@ -38,8 +38,9 @@ class OnCpu:
         blocks, self._spill = _blocks(units, settings.offload_folder)
         sizes = [block.num_bytes for block in blocks]
         streamed = {id(weight) for unit in units for weight in unit.weights}
-        resident = [storage_span(weight) for weight in model.parameters() if id(weight) not in streamed]
-        self._room = ByteRoom(sizes, plan.fetch_bytes)
+        tensors = (*model.parameters(), *model.buffers())  # a forward may write to buffers beside an eviction
+        resident = [storage_span(tensor) for tensor in tensors if id(tensor) not in streamed]
+        self._room = ByteRoom(sizes, max(plan.fetch_bytes, *sizes, 0))  # a plan counts bytes, here are whole pages
         self._mover = MappedMover(blocks, resident, settings.reader, self._room.keep)
         fetched = [index for index, unit in enumerate(units) if not unit.is_lookup]
         self.schedule = Schedule(sizes, self._room, self._mover, fetched)
@@ -66,6 +67,7 @@ class OnCpu:
         for span in self._tables:
             expect_anything(span)
         self._spill.restore()
+        self._mover.close()
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning."""

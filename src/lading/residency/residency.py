@@ -6,6 +6,7 @@ device exactly while their forward runs; the model itself stays the same object 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from types import TracebackType
 
 from torch import nn
 
-from lading.errors import ResidencyError, refusal
+from lading.errors import ResidencyError, name_list, refusal
 from lading.placement.plan import Plan
 from lading.residency.hooks import hooks_of
 from lading.residency.on_cpu import OnCpu
@@ -36,10 +37,12 @@ class Residency:
 
     def __init__(self, model: nn.Module, plan: Plan, settings: Settings) -> None:
         self.plan = plan
+        _refuse_hooked(model)
         is_on_cpu = {placement.execution_device for placement in plan.placements} <= {"cpu"}
         self._parts = OnCpu(model, plan, settings) if is_on_cpu else OnDevice(model, plan, settings)
         self._parts.hooks.owner = self
         self._is_open = True
+        self._closing = threading.Lock()
         self._finalizer = weakref.finalize(model, self._parts.schedule.abandon)
 
     @staticmethod
@@ -55,7 +58,7 @@ class Residency:
         Raises:
             ResidencyError: called inside a forward of this model, which would wait for itself.
         """
-        if self._parts.hooks.caller.visit is not None:
+        if self._parts.hooks.is_inside:
             raise ResidencyError(
                 refusal(
                     "residency.editing()",
@@ -73,9 +76,7 @@ class Residency:
 
     def close(self) -> None:
         """Wait for forwards that run, take the hooks off and leave the model as it was. Twice is fine."""
-        if not self._is_open:
-            return
-        if self._parts.hooks.caller.visit is not None:
+        if self._is_open and self._parts.hooks.is_inside:
             raise ResidencyError(
                 refusal(
                     "residency.close()",
@@ -84,9 +85,11 @@ class Residency:
                     way_out="close after the forward",
                 )
             )
-        self._is_open = False
-        self._finalizer.detach()
-        self._parts.close()
+        with self._closing:
+            if self._is_open:
+                self._parts.close()
+                self._is_open = False
+                self._finalizer.detach()
 
     def __enter__(self) -> Residency:
         return self
@@ -99,3 +102,16 @@ class Residency:
     def __repr__(self) -> str:
         state = "open" if self._is_open else "closed"
         return f"<Residency {state}: {self.stats()}>"
+
+
+def _refuse_hooked(model: nn.Module) -> None:
+    hooked = [name or type(model).__name__ for name, module in model.named_modules() if hooks_of(module) is not None]
+    if hooked:
+        raise ResidencyError(
+            refusal(
+                type(model).__name__,
+                found=f"an open residency at {name_list(hooked)}",
+                expected="a model that is not offloaded",
+                way_out="close it first: Residency.of(model).close()",
+            )
+        )

@@ -27,6 +27,9 @@ class Room(Protocol):
     def enter(self, block: int) -> None:
         """Count a block in."""
 
+    def cancel(self, block: int) -> None:
+        """Undo `enter`: the block did not come."""
+
     def leave(self, block: int, kept_bytes: int) -> None:
         """Count a block out, but for what had to stay."""
 
@@ -52,6 +55,8 @@ class ByteRoom:
         self._sizes = tuple(sizes)
         self.capacity = capacity
         self._kept = [0] * len(self._sizes)
+        self._kept_before: dict[int, int] = {}
+        """Of the blocks that are in: what was kept of them before."""
         self.used_bytes = 0
         self.lent_bytes = 0
 
@@ -74,15 +79,22 @@ class ByteRoom:
     def enter(self, block: int) -> None:
         """Count a block in; what was edited of it has been there all the time."""
         self.used_bytes += self._sizes[block] - self._kept[block]
-        self._kept[block] = 0
+        self._kept_before[block], self._kept[block] = self._kept[block], 0
+
+    def cancel(self, block: int) -> None:
+        """Undo `enter`: what was edited of it is still there."""
+        self.leave(block, self._kept_before[block])
 
     def leave(self, block: int, kept_bytes: int) -> None:
         """Count a block out, but for what had to stay."""
+        del self._kept_before[block]
         self._kept[block] = min(kept_bytes, self._sizes[block])
         self.used_bytes -= self._sizes[block] - self._kept[block]
 
     def keep(self, block: int, kept_bytes: int) -> None:
-        """Correct what is known of an absent block's edited bytes."""
+        """Correct what is known of an absent block's edited bytes; one that is in counts whole."""
+        if block in self._kept_before:
+            return
         kept_bytes = min(kept_bytes, self._sizes[block])
         self.used_bytes += kept_bytes - self._kept[block]
         self._kept[block] = kept_bytes
@@ -145,6 +157,10 @@ class SlotRoom:
         """Take the slot."""
         self._occupants[self._slots[block]] = block
         self.used_bytes += self._sizes[block]
+
+    def cancel(self, block: int) -> None:
+        """Free the slot again."""
+        self.leave(block, 0)
 
     def leave(self, block: int, kept_bytes: int) -> None:
         """Free the slot."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lading.residency.mapped import MappedBlock, MappedMover
 from lading.residency.schedule import Schedule, Visit
 
 _AROUND_BYTES = 64 << 10
+_IDS = (torch.int32, torch.int64)
 
 
 class RowEscort:
@@ -45,16 +46,21 @@ class RowEscort:
         """Borrow room for the rows, and have the kernel begin reading them."""
         args, kwargs = arguments
         ids = args[0] if args else kwargs.get("input")
-        if not isinstance(ids, torch.Tensor) or not self._span.begin <= self._weight.data_ptr() < self._span.end:
-            return None, None
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in _IDS or ids.is_meta:
+            return None, None  # a table of another class may be called with anything
+        if not self._span.begin <= self._weight.data_ptr() < self._span.end:
+            return None, None  # replaced: it is in memory
+        self._region.file.check()
         spans = self._spans(ids)
         num_bytes = sum(span.outward(_AROUND_BYTES).num_bytes for span in spans)
         stay = self._stay(min(num_bytes, self._num_bytes), visit)
         stay.__enter__()
         descriptor = self._region.file.descriptor
         if descriptor is not None:
-            for span in spans:
-                os.posix_fadvise(descriptor, self._region.offset_of(span.begin), span.num_bytes, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # advice only
+                for span in spans:
+                    offset = self._region.offset_of(span.begin)
+                    os.posix_fadvise(descriptor, offset, span.num_bytes, os.POSIX_FADV_WILLNEED)
         return None, stay
 
     @contextmanager
@@ -64,7 +70,7 @@ class RowEscort:
             yield
         finally:
             self._mover.drop_rows(self._index)
-            self._schedule.give_back(num_bytes)
+            self._schedule.give_back(visit, num_bytes)
 
     def _spans(self, ids: torch.Tensor) -> tuple[Span, ...]:
         """Give the pages of the rows that ids name; ids that the table does not have are left to its forward."""
