@@ -308,6 +308,15 @@ with torch.no_grad():
                 while not over.is_set():
                     model(x)
         threads = [threading.Thread(target=work) for _ in range(3)]
+        parked, go_on = threading.Event(), threading.Event()
+        parker = threading.Thread(target=lambda: model(x))
+        def park(*_):
+            if threading.current_thread() is parker:
+                parked.set()
+                go_on.wait()
+        handle = model.layers[4].register_forward_hook(park)
+        parker.start()
+        parked.wait()
         for thread in threads: thread.start()
         pid = os.fork()
         right = True
@@ -321,7 +330,8 @@ with torch.no_grad():
         os._exit(0 if right else 3)
     if not {inside!r}:
         over.set()
-        for thread in threads: thread.join()
+        go_on.set()
+        for thread in [*threads, parker]: thread.join()
     status = os.waitpid(pid, 0)[1]
     right = right and torch.equal(model(x), expected)
     residency.close()

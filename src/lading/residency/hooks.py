@@ -58,6 +58,7 @@ class _Caller:
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        self._thread_id = threading.get_ident()
         self.visit: Visit | None = None
         self.stack: list[tuple[nn.Module, int | None, Stay | None, Escort | None]] = []
 
@@ -74,7 +75,8 @@ class _Caller:
             self.visit = None
 
     def __del__(self) -> None:
-        self.unwind(0)
+        if self._thread_id == threading.get_ident():  # else it is the child of a fork that clears away other threads
+            self.unwind(0)
 
 
 class Hooks:
