@@ -388,7 +388,7 @@ def test_dispatch_model_refuses_and_leaves_the_model_as_it_was(device_map, optio
 
 def test_dispatch_model_twice_is_refused_with_the_way_out():
     model = dispatch_model(build(Small), {"": "disk"})
-    with pytest.raises(lading.ResidencyError, match=r"offloaded already.*close"):
+    with pytest.raises(lading.ResidencyError, match=r"open residency.*close"):
         dispatch_model(model, {"": "disk"})
     close(model)
     dispatch_model(model, {"": "disk"})

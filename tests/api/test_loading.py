@@ -38,6 +38,7 @@ from transformers import (
 )
 
 import lading
+from lading.api.arguments import BY_PLAN
 from lading.errors import CheckpointError, CheckpointNotFoundError, MissingTensorError, PlanError
 from models import Plain, build, example_input
 
@@ -476,28 +477,39 @@ def test_load_with_the_cpu_as_device_map_copies_nothing(llama, device_map):
 
 @pytest.mark.parametrize(
     "device_map",
-    [
-        "auto",
-        "balanced",
-        "balanced_low_0",
-        "sequential",
-        "disk",
-        {},
-        {"model": "cpu", "lm_head": "disk"},
-        {"": "disk"},
-        {"": None},
-    ],
+    ["auto", "balanced", "balanced_low_0", "sequential", "disk", {"model": "cpu", "lm_head": "disk"}, {"": "disk"}],
     ids=repr,
 )
-def test_load_with_several_devices_refuses(llama, device_map):
-    with pytest.raises(PlanError) as caught:
-        lading.load(llama, device_map=device_map)
-    message = str(caught.value)
-    assert (
-        f"lading.load: found device_map={device_map!r} · expected None or one device, such as 'cpu' or 'cuda:0'"
-        in message
-    )
-    assert message.endswith("name one device")
+def test_load_with_several_devices_streams_what_rests_elsewhere(llama, device_map):
+    room = {"cpu": "90KB"} if isinstance(device_map, str) and device_map in BY_PLAN else None
+    model = lading.load(llama, device_map=device_map, max_memory=room)
+    residency = lading.Residency.of(model)
+    assert torch.equal(model(IDS).logits, reference(llama)(IDS).logits)
+    assert residency.stats().fetches > 0
+    assert residency.stats().spilled_bytes == 0
+    residency.close()
+    assert_equal(model, reference(llama))
+
+
+def test_load_with_a_device_map_that_leaves_blocks_out_refuses(llama):
+    for device_map, lost in (({}, "'model.embed_tokens'"), ({"model": "cpu"}, "'lm_head'")):
+        with pytest.raises(
+            PlanError, match=rf"device_map: found no device for .*{lost}.* expected one device for each"
+        ):
+            lading.load(llama, device_map=device_map)
+
+
+def test_load_with_two_ways_to_say_where_blocks_rest_refuses(llama):
+    plan = lading.plan(llama, {"cpu": "1GB"})
+    for options in ({"device_map": "auto"}, {"max_memory": {"cpu": "1GB"}}):
+        with pytest.raises(PlanError, match=r"found plan and device_map or max_memory .* pass the plan alone"):
+            lading.load(llama, plan=plan, **options)
+    for device_map in (None, "cpu", {"": "disk"}):
+        with pytest.raises(
+            PlanError, match=r"found max_memory and device_map=.* expected device_map=\"auto\" · add it"
+        ):
+            lading.load(llama, device_map=device_map, max_memory={"cpu": "1GB"})
+    assert_equal(lading.load(llama, plan=plan), reference(llama))
 
 
 def test_load_with_a_model_class_of_every_spelling(bert, llama):

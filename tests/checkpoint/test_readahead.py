@@ -87,7 +87,7 @@ def test_populate_stops_at_the_room_that_memory_has(path, monkeypatch):
     catalog = open_catalog(path)
     mappings = map_catalog(catalog)
     read: list[int] = []
-    monkeypatch.setattr(readahead, "_populate", lambda buffer, offset, length: read.append(length) or 0)
+    monkeypatch.setattr(readahead, "populate", lambda span: read.append(span.num_bytes) or 0)
     ranges = [(path, 0, 100)] * 10
     readahead._populate_all(ranges, {path: weakref.ref(mappings[path].buffer)}, 350)
     assert read == [100, 100, 100]
@@ -112,11 +112,9 @@ def test_populate_on_an_old_kernel_asks_for_will_need(path, monkeypatch, caplog)
     catalog = open_catalog(path)
     mappings = map_catalog(catalog)
     asked: list[int] = []
-    monkeypatch.setattr(readahead, "_populate", lambda *_: errno.EINVAL)
-    real = readahead._will_need
-    monkeypatch.setattr(
-        readahead, "_will_need", lambda buffer, offset, length: asked.append(length) or real(buffer, offset, length)
-    )
+    monkeypatch.setattr(readahead, "populate", lambda span: errno.EINVAL)
+    real = readahead.will_need
+    monkeypatch.setattr(readahead, "will_need", lambda span: asked.append(span.num_bytes) or real(span))
     with caplog.at_level(logging.WARNING, logger="lading.checkpoint.readahead"):
         readahead._populate_all(readahead._ranges(catalog), {path: weakref.ref(mappings[path].buffer)}, 1 << 40)
     assert sum(asked) == catalog.num_bytes

@@ -31,7 +31,7 @@ def test_offload_brings_an_earlier_device_map_back_on_close():
 def test_offload_of_an_offloaded_model_is_refused():
     model = net()
     with lading.offload(model, {"": "disk"}) as residency:
-        with pytest.raises(lading.ResidencyError, match="Sequential: found a model that is offloaded already"):
+        with pytest.raises(lading.ResidencyError, match="Sequential: found an open residency"):
             lading.offload(model, {"": "disk"})
         assert residency.of(model) is residency
     lading.offload(model, {"": "disk"}).close()

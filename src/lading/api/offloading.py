@@ -101,5 +101,7 @@ def place(
         raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="add it"))
     given = plan if plan is not None else device_map if isinstance(device_map, Mapping) else {"": device_map or "cpu"}
     if isinstance(given, Mapping) and {str(device) for device in given.values()} == {"cpu"}:
+        if "" not in given:  # whether it leaves a block out
+            plan_of(blocks_of(model, BlockRules(no_split_classes=declared_whole(model))), given)
         return
     offload(model, given, offload_folder=offload_folder)

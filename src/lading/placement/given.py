@@ -45,7 +45,8 @@ def plan_of(
         running = {home for home in found if home not in (*_NOT_RUNNING, None)}
         if len(found) > 1 and (len(running) > 1 or "disk" in found):
             parted.append(" and ".join(map(repr, block.keys)))
-        homes.append(next(iter(running or found)) or main)
+        home = next(iter(running or found))
+        homes.append(main if home is None else home)  # the first accelerator is called 0
     if lost or parted:
         what = f"no device for {name_list(lost)}" if lost else f"tied tensors on several devices: {'; '.join(parted)}"
         expected = "one device for each block"

@@ -11,16 +11,22 @@ Concurrency: the stack is the thread's own; the schedule guards the rest.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lading import compat
 from lading.residency.schedule import Schedule, Visit
+
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))  # noqa: PTH100, PTH120 - compared with names in frames
+_FORWARD_CODE = (os.path.join(_TORCH, "nn", "modules", ""), os.path.join(_TORCH, "_dynamo", ""))  # noqa: PTH118
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Stay = AbstractContextManager[None]
@@ -37,11 +43,22 @@ class Escort(Protocol):
         """Give another output, or None; the module is not left yet."""
 
 
+def is_in_a_forward(thread_id: int) -> bool:
+    """Say whether a live thread is inside any module's call: whether code of torch's is that called something."""
+    frame = sys._current_frames().get(thread_id)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_FORWARD_CODE):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class _Caller:
     """What one thread is inside of; its end gives up what it still holds. One thread."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        self._thread_id = threading.get_ident()
         self.visit: Visit | None = None
         self.stack: list[tuple[nn.Module, int | None, Stay | None, Escort | None]] = []
 
@@ -54,11 +71,12 @@ class _Caller:
             if block is not None and self.visit is not None:
                 self._schedule.leave(self.visit, block)
         if not self.stack and self.visit is not None:
-            visit, self.visit = self.visit, None
-            self._schedule.end(visit, is_complete=is_complete)
+            self._schedule.end(self.visit, is_complete=is_complete)
+            self.visit = None
 
     def __del__(self) -> None:
-        self.unwind(0)
+        if self._thread_id == threading.get_ident():  # else it is the child of a fork that clears away other threads
+            self.unwind(0)
 
 
 class Hooks:
@@ -75,6 +93,7 @@ class Hooks:
         self._callers = threading.local()
         self._handles: list[RemovableHandle] = []
         self._insides: dict[int, frozenset[int]] = {}
+        schedule.is_inside = is_in_a_forward
         self.owner: object = None
         """Whoever must live as long as the hooks do."""
 
@@ -114,25 +133,41 @@ class Hooks:
     def before(self, station: _Station, module: nn.Module, arguments: Arguments) -> Arguments | None:
         """Enter a module; give other arguments for it, or None."""
         caller = self.caller
-        if caller.stack and id(caller.stack[0][0]) in self._insides.get(id(module), ()):
-            caller.unwind(0)  # a module that calls what it is part of: an earlier call was interrupted
+        if caller.visit is not None and self._is_left_over(caller, module):
+            caller.unwind(0)
         depth = len(caller.stack)
         try:
             if caller.visit is None:
                 caller.visit = self._schedule.begin(id(module), station.reachable)
+            escort = station.escort if station.is_block or not depth else None
             if station.block is not None:
                 self._schedule.enter(caller.visit, station.block)
-            changed, stay = None, None
-            escort = station.escort if station.is_block or not depth else None
-            if escort is not None:
-                changed, stay = escort.arrive(caller.visit, arguments)
-            caller.stack.append((module, station.block, stay, escort))
-        except BaseException:
-            if caller.visit is not None and station.block is not None:
-                self._schedule.leave(caller.visit, station.block)
+            caller.stack.append((module, station.block, None, escort))
+            if escort is None:
+                return None
+            changed, stay = escort.arrive(caller.visit, arguments)
+            caller.stack[-1] = (module, station.block, stay, escort)
+        except BaseException as error:
             caller.unwind(depth)
+            if not isinstance(error, Exception):
+                self._schedule.repair(caller.visit)
             raise
         return changed
+
+    def _is_left_over(self, caller: _Caller, module: nn.Module) -> bool:
+        """Say whether an earlier call was interrupted: it is over, or this module is what it is part of."""
+        if not caller.stack or (caller.visit is not None and caller.visit.is_over):
+            return True
+        return id(caller.stack[0][0]) in self._insides.get(id(module), ())
+
+    @property
+    def is_inside(self) -> bool:
+        """Say whether the calling thread is in a forward; what an interrupted one left is put right."""
+        caller = self.caller
+        if caller.visit is not None and not is_in_a_forward(threading.get_ident()):
+            caller.unwind(0)
+            self._schedule.repair(None)
+        return caller.visit is not None
 
     def after(self, station: _Station, module: nn.Module, output: Any) -> Any:
         """Leave a module, and whatever inside it was not left; give another output, or None."""
@@ -206,11 +241,20 @@ class _After:
 
 
 class _Leftover:
-    """What becomes of a hook in a copy or pickle of the module, which is not offloaded: it goes when first called."""
+    """What becomes of a hook in a copy or pickle of the module, which is not offloaded.
+
+    The first call of any module that has one takes it off from there and everything below.
+    """
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        tables: tuple[MutableMapping[int, Callable[..., Any]], ...] = (module._forward_pre_hooks, module._forward_hooks)
-        for table in tables:
-            for key, hook in list(table.items()):
-                if hook is self:
-                    del table[key]
+        for part in module.modules():
+            vars(part).pop("hf_device_map", None)  # of the residency that the copy is not in
+            tables: tuple[tuple[MutableMapping[int, Callable[..., Any]], dict[int, bool]], ...] = (
+                (part._forward_pre_hooks, part._forward_pre_hooks_with_kwargs),
+                (part._forward_hooks, part._forward_hooks_always_called),
+            )
+            for table, marks in tables:
+                for key, hook in list(table.items()):
+                    if isinstance(hook, _Leftover):
+                        table.pop(key, None)
+                        marks.pop(key, None)  # another hook may get this number, in another process

@@ -82,6 +82,7 @@ class MappedMover:
         self._begins = [span.begin for span, _ in self._owned]
         self._longest = max((span.num_bytes for span, _ in self._owned), default=0)
         self._windows = [self._window(block) for block in blocks]
+        self._files = tuple({id(region.file): region.file for block in blocks for region, _ in block.pieces}.values())
         self._everything = merged([window for windows in self._windows for window in windows])
         self._pagemap = open_pagemap()
         self.edited_bytes = 0
@@ -96,7 +97,13 @@ class MappedMover:
         return merged(wide)
 
     def begin(self) -> None:
-        """Drop what was read between forwards, and count what was edited."""
+        """Drop what was read between forwards, and count what was edited.
+
+        Raises:
+            CorruptShardError: a file was changed in place: reading a weight might kill the process.
+        """
+        for file in self._files:
+            file.check()
         if self._pagemap is None:
             return
         edited = [
@@ -161,6 +168,12 @@ class MappedMover:
         """Drop a block's clean pages and strays around them; give the bytes that were edited."""
         self._present.discard(block)
         return self._clean(self._windows[block], self._blocks[block].spans)
+
+    def close(self) -> None:
+        """Give descriptors back. Nobody is inside."""
+        for file in self._files:
+            file.close()
+        self._pagemap = None
 
     def drop_rows(self, block: int) -> None:
         """Drop what was faulted in of a block by use."""

@@ -36,9 +36,10 @@ class OnCpu:
         self._reader = settings.reader
         units = units_of(model, plan)
         blocks, self._spill = _blocks(units, settings.offload_folder)
-        sizes = [block.num_bytes for block in blocks]
+        sizes = [_weight_bytes(block) for block in blocks]
         streamed = {id(weight) for unit in units for weight in unit.weights}
-        resident = [storage_span(weight) for weight in model.parameters() if id(weight) not in streamed]
+        tensors = (*model.parameters(), *model.buffers())  # a forward may write to buffers beside an eviction
+        resident = [storage_span(tensor) for tensor in tensors if id(tensor) not in streamed]
         self._room = ByteRoom(sizes, _capacity(plan, units, sizes))
         self._mover = MappedMover(blocks, resident, settings.reader, self._room.keep)
         fetched = [index for index, unit in enumerate(units) if not unit.is_lookup]
@@ -51,7 +52,7 @@ class OnCpu:
             expect_rows(span)
         for index, (unit, block) in enumerate(zip(units, blocks, strict=True)):
             if unit.is_lookup:
-                escort = RowEscort(self.schedule, self._mover, index, unit.module, block)
+                escort = RowEscort(self.schedule, self._mover, index, unit, block)
                 self.hooks.add_block(unit.module, None, escort)
             else:
                 self.hooks.add_block(unit.module, index)
@@ -66,6 +67,7 @@ class OnCpu:
         for span in self._tables:
             expect_anything(span)
         self._spill.restore()
+        self._mover.close()
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning."""
@@ -88,15 +90,17 @@ class OnCpu:
         )
 
 
-def _capacity(plan: Plan, units: Sequence[Unit], sizes: Sequence[int]) -> int:
-    """Give the bytes for what is fetched: as planned, or without a limit at least two blocks in whole pages.
+def _weight_bytes(block: MappedBlock) -> int:
+    """Count a block as plans do, to the byte: rounded to pages, two blocks would not fit into the room for two."""
+    return min(block.num_bytes, sum(weight.nbytes for weight, _ in block.weights))
 
-    A small block in several files has more bytes of pages than of weights.
-    """
+
+def _capacity(plan: Plan, units: Sequence[Unit], sizes: Sequence[int]) -> int:
+    """Give the bytes for what is fetched: as planned, or without a limit for two blocks and any one table."""
+    largest = max((size for unit, size in zip(units, sizes, strict=True) if not unit.is_lookup), default=0)
     if any(use.budget_bytes is not None for use in plan.devices if use.device == plan.main_device):
-        return plan.fetch_bytes
-    fetched = max((size for unit, size in zip(units, sizes, strict=True) if not unit.is_lookup), default=0)
-    return max(plan.fetch_bytes, 2 * fetched, max(sizes, default=0))
+        return max(plan.fetch_bytes, largest)
+    return max(plan.fetch_bytes, 2 * largest, *sizes, 0)
 
 
 def _blocks(units: Sequence[Unit], offload_folder: Path | None) -> tuple[list[MappedBlock], Spill]:

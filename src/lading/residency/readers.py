@@ -101,10 +101,10 @@ class Reader:
         if not self._can_populate:
             return
         failure = self._populate(span)
+        while failure in (errno.EAGAIN, errno.EINTR):
+            failure = self._populate(span)
         if failure == errno.EINVAL:
             self._can_populate = False
-        elif failure in (errno.EAGAIN, errno.EINTR):
-            self._fault_in(region, span)
         elif failure:
             raise region.file.failure(region.offset_of(span.begin), span.num_bytes, os.strerror(failure))
 

@@ -6,6 +6,7 @@ device exactly while their forward runs; the model itself stays the same object 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from types import TracebackType
 
 from torch import nn
 
-from lading.errors import ResidencyError, refusal
+from lading.errors import ResidencyError, name_list, refusal
 from lading.placement.plan import Plan
 from lading.residency.device_map import show_device_map
 from lading.residency.hooks import hooks_of
@@ -42,6 +43,7 @@ class Residency:
         self._parts = OnCpu(model, plan, settings) if is_on_cpu else OnDevice(model, plan, settings)
         self._parts.hooks.owner = self
         self._is_open = True
+        self._closing = threading.Lock()
         self._finalizer = weakref.finalize(model, self._parts.schedule.abandon)
         self._hide_device_map = show_device_map(model, plan.device_map)
 
@@ -58,7 +60,7 @@ class Residency:
         Raises:
             ResidencyError: called inside a forward of this model, which would wait for itself.
         """
-        if self._parts.hooks.caller.visit is not None:
+        if self._parts.hooks.is_inside:
             raise ResidencyError(
                 refusal(
                     "residency.editing()",
@@ -76,9 +78,7 @@ class Residency:
 
     def close(self) -> None:
         """Wait for forwards that run, take the hooks off and leave the model as it was. Twice is fine."""
-        if not self._is_open:
-            return
-        if self._parts.hooks.caller.visit is not None:
+        if self._is_open and self._parts.hooks.is_inside:
             raise ResidencyError(
                 refusal(
                     "residency.close()",
@@ -87,9 +87,11 @@ class Residency:
                     way_out="close after the forward",
                 )
             )
-        self._is_open = False
-        self._finalizer.detach()
-        self._parts.close()
+        with self._closing:
+            if self._is_open:
+                self._parts.close()
+                self._is_open = False
+                self._finalizer.detach()
         self._hide_device_map()
 
     def __enter__(self) -> Residency:
@@ -106,17 +108,18 @@ class Residency:
 
 
 def refuse_offloaded(model: nn.Module) -> None:
-    """Refuse a model with an open residency: two would count and evict the same weights.
+    """Refuse a model with an open residency at any module: two would count and evict the same weights.
 
     Raises:
         ResidencyError: there is one.
     """
-    if Residency.of(model) is not None:
+    hooked = [name or type(model).__name__ for name, module in model.named_modules() if hooks_of(module) is not None]
+    if hooked:
         raise ResidencyError(
             refusal(
                 type(model).__name__,
-                found="a model that is offloaded already",
-                expected="one that is not",
-                way_out="close what lading.offload returned; lading.residency.residency.Residency.of(model) finds it",
+                found=f"an open residency at {name_list(hooked)}",
+                expected="a model that is not offloaded",
+                way_out="close it first: lading.Residency.of(model).close()",
             )
         )

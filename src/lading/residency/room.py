@@ -18,6 +18,10 @@ class Room(Protocol):
     used_bytes: int
     lent_bytes: int
 
+    @property
+    def lendable_bytes(self) -> int:
+        """Give the most that can ever be lent at once, as things stand."""
+
     def make_way(self, block: int | None, num_bytes: int, idle: Sequence[int]) -> tuple[int, ...] | None:
         """Name the idle blocks to evict first, none if it fits; None if that is not enough."""
 
@@ -26,6 +30,9 @@ class Room(Protocol):
 
     def enter(self, block: int) -> None:
         """Count a block in."""
+
+    def cancel(self, block: int) -> None:
+        """Undo `enter`: the block did not come."""
 
     def leave(self, block: int, kept_bytes: int) -> None:
         """Count a block out, but for what had to stay."""
@@ -52,6 +59,8 @@ class ByteRoom:
         self._sizes = tuple(sizes)
         self.capacity = capacity
         self._kept = [0] * len(self._sizes)
+        self._kept_before: dict[int, int] = {}
+        """Of the blocks that are in: what was kept of them before."""
         self.used_bytes = 0
         self.lent_bytes = 0
 
@@ -74,18 +83,30 @@ class ByteRoom:
     def enter(self, block: int) -> None:
         """Count a block in; what was edited of it has been there all the time."""
         self.used_bytes += self._sizes[block] - self._kept[block]
-        self._kept[block] = 0
+        self._kept_before[block], self._kept[block] = self._kept[block], 0
+
+    def cancel(self, block: int) -> None:
+        """Undo `enter`: what was edited of it is still there."""
+        self.leave(block, self._kept_before[block])
 
     def leave(self, block: int, kept_bytes: int) -> None:
         """Count a block out, but for what had to stay."""
+        del self._kept_before[block]
         self._kept[block] = min(kept_bytes, self._sizes[block])
         self.used_bytes -= self._sizes[block] - self._kept[block]
 
     def keep(self, block: int, kept_bytes: int) -> None:
-        """Correct what is known of an absent block's edited bytes."""
+        """Correct what is known of an absent block's edited bytes; one that is in counts whole."""
+        if block in self._kept_before:
+            return
         kept_bytes = min(kept_bytes, self._sizes[block])
         self.used_bytes += kept_bytes - self._kept[block]
         self._kept[block] = kept_bytes
+
+    @property
+    def lendable_bytes(self) -> int:
+        """Give what edits leave of the capacity."""
+        return max(0, self.capacity - self.kept_bytes)
 
     @property
     def kept_bytes(self) -> int:
@@ -128,6 +149,11 @@ class SlotRoom:
         self.used_bytes = 0
         self.lent_bytes = 0
 
+    @property
+    def lendable_bytes(self) -> int:
+        """Set no limit."""
+        return 1 << 62
+
     def make_way(self, block: int | None, num_bytes: int, idle: Sequence[int]) -> tuple[int, ...] | None:
         """Ask the slot's occupant to go."""
         if block is None:
@@ -145,6 +171,10 @@ class SlotRoom:
         """Take the slot."""
         self._occupants[self._slots[block]] = block
         self.used_bytes += self._sizes[block]
+
+    def cancel(self, block: int) -> None:
+        """Free the slot again."""
+        self.leave(block, 0)
 
     def leave(self, block: int, kept_bytes: int) -> None:
         """Free the slot."""

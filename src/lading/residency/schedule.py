@@ -8,6 +8,9 @@ something, and nothing can deadlock. What a thread enters and is not resident be
 the order in which they were drawn, before anything is fetched ahead. Where a ticket finds all room taken by blocks with
 somebody inside, one of them is *closed*: who wants to enter it draws a ticket, who is inside leaves in time.
 
+A thread that was interrupted (KeyboardInterrupt) may never say that it left. Whoever waits asks once in a while whether
+each visitor still stands in a forward, and ends the visits of those that do not.
+
 What will be needed next is what the last visit through the same door needed next; before there was one, what the plan
 says. The block whose next use is furthest is evicted first.
 
@@ -18,11 +21,13 @@ whoever waits does.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -33,7 +38,9 @@ from typing import Protocol
 from lading.errors import ResidencyError, refusal
 from lading.residency.room import Room
 
-_LOOKAHEAD = 64  # blocks; what is needed after these counts as never needed again
+_LOG = logging.getLogger(__name__)
+_CHECK_S = 1.0  # how often whoever waits looks for visitors that were interrupted
+_LOOKAHEAD = 256  # blocks; what is needed after these counts as never needed again
 
 
 class State(Enum):
@@ -89,7 +96,7 @@ class Counts:
 class Visit:
     """Follow one thread's outermost call into the model. Used by that thread; read under the schedule's lock."""
 
-    __slots__ = ("door", "expected", "held", "position", "seen")
+    __slots__ = ("door", "expected", "held", "is_over", "leased", "lent_bytes", "position", "seen", "thread_id")
 
     def __init__(self, door: object, expected: tuple[int, ...]) -> None:
         self.door = door
@@ -99,12 +106,18 @@ class Visit:
         self.seen: list[int] = []
         self.held: list[int] = []
         """Blocks entered and not left; only the last is leased."""
+        self.leased: int | None = None
+        """The block that is kept for this visit; None between blocks, and where fetching the last again failed."""
+        self.lent_bytes = 0
+        self.thread_id = threading.get_ident()
+        self.is_over = False
 
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
     """One thread's wish for a block, or for bytes alone (``block`` is None)."""
 
+    visit: Visit
     block: int | None
     num_bytes: int
     is_granted: bool = False
@@ -143,16 +156,21 @@ class Schedule:
         self._change = threading.Condition(self._lock)
         self._states = [State.ABSENT] * len(self._sizes)
         self._leases = [0] * len(self._sizes)
+        self._entered: set[int] = set()
         self._closed: set[int] = set()
         self._stale: set[int] = set()
         self._tickets: list[_Ticket] = []
         self._visits: list[Visit] = []
         self._orders = _Orders(planned=tuple(planned))
-        self._editors = 0
+        self._editors: list[int] = []
         self._is_shut = False
+        self._is_ended = False
+        self._is_stepping = False
         self._worker: threading.Thread | None = None
         self._can_have_worker = True
         self.counts = Counts()
+        self.is_inside: Callable[[int], bool] = lambda _: True
+        """Whether a thread (its identity) may still be in a forward; must not wait."""
         _FORKS.watch(self)
 
     # Visits
@@ -165,10 +183,20 @@ class Schedule:
             reachable: the blocks below it.
 
         Raises:
-            ResidencyError: closed.
+            ResidencyError: closed; or this thread itself is editing.
+            CorruptShardError: a file behind the weights was changed in place.
         """
         with self._lock:
-            while self._editors:
+            if threading.get_ident() in self._editors:
+                raise ResidencyError(
+                    refusal(
+                        "a forward of an offloaded model",
+                        found="residency.editing() around it, in this thread",
+                        expected="none",
+                        way_out="call the model before or after the edits",
+                    )
+                )
+            while self._editors or (not self._visits and State.EVICTING in self._states):
                 self._change.wait()
             if self._is_shut:
                 raise ResidencyError(
@@ -179,9 +207,9 @@ class Schedule:
                         way_out="call lading.offload again",
                     )
                 )
-            visit = Visit(door, self._orders.of(door, reachable))
             if not self._visits:
                 self._start()
+            visit = Visit(door, self._orders.of(door, reachable))
             self._visits.append(visit)
             self._wake()
             return visit
@@ -194,16 +222,48 @@ class Schedule:
             is_complete: whether it went through; else its order is not learned.
         """
         with self._lock:
-            if visit.held:
-                self._release(visit.held[-1])
-                visit.held.clear()
+            self._end(visit)
             if is_complete:
                 self._orders.learned[visit.door] = tuple(visit.seen)
-            if visit in self._visits:
-                self._visits.remove(visit)
             while not self._visits and State.EVICTING in self._states:
                 self._change.wait()
+
+    def _end(self, visit: Visit) -> None:
+        visit.is_over = True
+        self._tickets = [ticket for ticket in self._tickets if ticket.visit is not visit]
+        if visit in self._visits:
+            self._visits.remove(visit)
+        self._give_up(visit)
+        visit.held.clear()
+        if self._tickets:
+            self._wake()
+        self._change.notify_all()
+
+    def repair(self, keep: Visit | None) -> None:
+        """Put right what an interruption of this thread, between any two lines of this file, may have left.
+
+        Args:
+            keep: the visit that this thread is on; others of it are ended.
+        """
+        with self._lock:
+            me = threading.get_ident()
+            for visit in [visit for visit in self._visits if visit.thread_id == me and visit is not keep]:
+                self._end(visit)
+            self._tickets = [ticket for ticket in self._tickets if ticket.visit is not keep]
+            leases = Counter(visit.leased for visit in self._visits if visit.leased is not None)
+            for block, count in enumerate(self._leases):
+                if count != leases[block] or (block in self._entered) != (leases[block] > 0):
+                    self._leases[block] = leases[block]
+                    self._pass_on(block)
+            self._room.release(self._room.lent_bytes - sum(visit.lent_bytes for visit in self._visits))
+            self._wake()
             self._change.notify_all()
+
+    def _end_interrupted(self) -> None:
+        """End the visits of threads that are in no forward any more."""
+        for visit in list(self._visits):
+            if not self.is_inside(visit.thread_id):
+                self._end(visit)
 
     def _start(self) -> None:
         """Forget copies that an edit may have made stale, and let the mover look around."""
@@ -225,13 +285,11 @@ class Schedule:
             ResidencyError: it cannot be fetched, or there is no room for it because of edits.
         """
         with self._lock:
-            if visit.held:
-                self._release(visit.held[-1])
+            self._give_up(visit)
             try:
-                self._admit(block, visit)
-            except BaseException:
-                if visit.held:
-                    self._admit(visit.held[-1], None)
+                self._admit(visit, block, is_new=True)
+            except Exception:
+                self._enter_again(visit)
                 raise
             visit.held.append(block)
 
@@ -240,28 +298,30 @@ class Schedule:
         with self._lock:
             if block not in visit.held:
                 return
-            while visit.held:
-                left = visit.held.pop()
-                if left == block:
-                    break
-            self._release(left)
-            if visit.held:
-                self._admit(visit.held[-1], None)
-            elif self._tickets or self._has_more(visit):
+            while visit.held.pop() != block:
+                pass
+            self._release(visit)
+            self._enter_again(visit)
+            if not visit.held and (self._tickets or self._has_more(visit)):
                 self._wake()
+
+    def _enter_again(self, visit: Visit) -> None:
+        """Take back the block that the visit is still in the forward of."""
+        if visit.held and visit.leased is None and not visit.is_over:
+            self._admit(visit, visit.held[-1])
 
     def _has_more(self, visit: Visit) -> bool:
         return visit.position < len(visit.expected)
 
-    def _admit(self, block: int, visit: Visit | None) -> None:
-        if visit is not None:
+    def _admit(self, visit: Visit, block: int, *, is_new: bool = False) -> None:
+        if is_new:
             _advance(visit, block)
         if self._states[block] is State.RESIDENT and block not in self._closed:
             self.counts.hits += 1
-            self._lease(block)
+            self._lease(visit, block)
             self._wake()
         else:
-            self._wait_for(_Ticket(block, self._sizes[block]))
+            self._wait_for(_Ticket(visit, block, self._sizes[block]))
         self._mover.join(block)
 
     def _wait_for(self, ticket: _Ticket) -> None:
@@ -271,12 +331,9 @@ class Schedule:
         self._wake()
         try:
             while not ticket.is_granted and ticket.error is None:
-                if self._has_worker() or not self._step():
-                    self._change.wait()
-        except BaseException:  # such as KeyboardInterrupt
-            if ticket.is_granted:
-                self._take_back(ticket)
-            raise
+                if (self._has_worker() or self._is_stepping or not self._step()) and not self._change.wait(_CHECK_S):
+                    self._end_interrupted()
+                    self._wake()
         finally:
             if ticket in self._tickets:
                 self._tickets.remove(ticket)
@@ -284,60 +341,83 @@ class Schedule:
         if ticket.error is not None:
             raise ticket.error
 
-    def _take_back(self, ticket: _Ticket) -> None:
-        if ticket.block is None:
-            self._give_back(ticket.num_bytes)
-        else:
-            self._release(ticket.block)
+    @property
+    def lendable_bytes(self) -> int:
+        """Give the most that `borrow` can ever give."""
+        with self._lock:
+            return self._room.lendable_bytes
 
     def borrow(self, visit: Visit, num_bytes: int) -> None:
         """Keep room for bytes that come in by use, such as rows of a table, until `give_back`.
+
+        The block that this visit is inside of is given up meanwhile: who holds room must not wait for more.
 
         Raises:
             ResidencyError: there will never be that much.
         """
         with self._lock:
-            if visit.held:
-                self._release(visit.held[-1])
+            self._give_up(visit)
             try:
-                self._wait_for(_Ticket(None, num_bytes))
-            finally:
-                if visit.held:
-                    self._admit(visit.held[-1], None)
+                self._wait_for(_Ticket(visit, None, num_bytes))
+            except Exception:
+                self._enter_again(visit)
+                raise
 
-    def give_back(self, num_bytes: int) -> None:
-        """End what `borrow` began."""
+    def give_back(self, visit: Visit, num_bytes: int) -> None:
+        """End what `borrow` began, and enter again what was given up."""
         with self._lock:
-            self._give_back(num_bytes)
+            if visit.lent_bytes >= num_bytes:
+                self._give_back(visit, num_bytes)
+            self._enter_again(visit)
 
-    def _give_back(self, num_bytes: int) -> None:
+    def _give_up(self, visit: Visit) -> None:
+        self._release(visit)
+        if visit.lent_bytes:
+            self._give_back(visit, visit.lent_bytes)
+
+    def _give_back(self, visit: Visit, num_bytes: int) -> None:
+        visit.lent_bytes -= num_bytes
         self._room.release(num_bytes)
         self._wake()
 
-    def _lease(self, block: int) -> None:
-        if not self._leases[block]:
-            self._mover.enter(block)
+    def _lease(self, visit: Visit, block: int) -> None:
+        visit.leased = block
         self._leases[block] += 1
+        self._pass_on(block)
 
-    def _release(self, block: int) -> None:
-        self._mover.part(block)
-        self._leases[block] -= 1
-        if not self._leases[block]:
+    def _release(self, visit: Visit) -> None:
+        block, visit.leased = visit.leased, None
+        if block is not None:
+            self._mover.part(block)
+            self._leases[block] -= 1
+            self._pass_on(block)
+
+    def _pass_on(self, block: int) -> None:
+        """Tell the mover that the first visitor entered a block, or the last one left it."""
+        if self._leases[block] and block not in self._entered:
+            self._entered.add(block)
+            self._mover.enter(block)
+        elif not self._leases[block] and block in self._entered:
             self._mover.leave(block)
+            self._entered.discard(block)
             if self._tickets:
                 self._wake()
 
     # Steps
 
     def _wake(self) -> None:
-        if not self._has_worker() and self._can_have_worker and not self._is_shut:
+        if not self._has_worker() and self._can_have_worker and not self._is_ended:
             self._worker = threading.Thread(target=_work, args=(self,), name="lading-residency", daemon=True)
-            self._worker.start()
+            try:
+                self._worker.start()
+            except RuntimeError as error:  # the interpreter ends, or there are too many: whoever waits steps
+                self._worker, self._can_have_worker = None, False
+                _LOG.warning("blocks are not fetched ahead: %s", error)
         if not self._can_have_worker:
             self._change.notify_all()
         elif not self._is_woken:
+            self._wakes.put(True)  # before it is noted, lest an interruption between lines loses it
             self._is_woken = True
-            self._wakes.put(True)
 
     def _has_worker(self) -> bool:
         return self._worker is not None and self._worker.is_alive()
@@ -355,36 +435,47 @@ class Schedule:
             self._count_peak()
         else:
             self._closed.discard(block)
-        kept, failure = 0, None
+        kept = 0
+        failure: BaseException | None = None
+        self._is_stepping = True
         self._lock.release()
         try:
             if is_fetch:
                 self._mover.fetch(block)
             else:
                 kept = self._mover.evict(block)
-        except Exception as error:  # noqa: BLE001 - every waiter raises it
+        except BaseException as error:  # every waiter raises it
             failure = error
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._lock.acquire()
+            self._is_stepping = False
             self._finish(block, kept, failure, is_fetch=is_fetch)
         return True
 
-    def _finish(self, block: int, kept: int, failure: Exception | None, *, is_fetch: bool) -> None:
-        if is_fetch and failure is None and block not in self._stale:
+    def _finish(self, block: int, kept: int, failure: BaseException | None, *, is_fetch: bool) -> None:
+        if not is_fetch:
+            self._states[block] = State.ABSENT
+            if failure is None:
+                self.counts.evictions += 1
+            else:
+                kept = self._sizes[block]
+                _LOG.warning("weights stay in memory: %s", failure)
+            self._room.leave(block, kept)
+        elif failure is None and block not in self._stale:
             self._states[block] = State.RESIDENT
             self.counts.fetches += 1
             self.counts.fetched_bytes += self._sizes[block]
         else:
             self._states[block] = State.ABSENT
-            self._room.leave(block, kept)
-            self.counts.evictions += not is_fetch
+            self._room.cancel(block)
         self._stale.discard(block)
-        if failure is not None:
+        if is_fetch and isinstance(failure, Exception):
             for ticket in self._tickets:
                 if ticket.block == block and not ticket.is_granted:
                     ticket.error = failure
-            if not any(ticket.block == block for ticket in self._tickets):
-                self._forget(block)
+            self._forget(block)
         self._grant()
         self._change.notify_all()
 
@@ -401,7 +492,7 @@ class Schedule:
             if ticket.is_granted or ticket.error is not None or block is None:
                 continue
             if self._states[block] is State.RESIDENT and block not in self._closed:
-                self._lease(block)
+                self._lease(ticket.visit, block)
                 self._let_in(ticket)
 
     def _let_in(self, ticket: _Ticket) -> None:
@@ -436,6 +527,7 @@ class Schedule:
             if block is not None:
                 return block, True
             self._room.take(ticket.num_bytes)
+            ticket.visit.lent_bytes += ticket.num_bytes
             self._count_peak()
             self._let_in(ticket)
         self._closed.clear()
@@ -459,12 +551,16 @@ class Schedule:
         return True
 
     def _ahead(self, ranks: dict[int, int]) -> tuple[int, bool] | None:
-        """Choose what to fetch ahead: the next absent block, if nothing that is needed before it has to go."""
+        """Choose what to fetch ahead: the next absent block, if nothing that is needed before it has to go.
+
+        Where anything at all has to go, only what is entered next: fetched earlier, it would take the place of what
+        this forward began with, and the next one would find nothing left.
+        """
         for block, rank in ranks.items():
             if self._states[block] is not State.ABSENT:
                 continue
             way = self._room.make_way(block, self._sizes[block], self._idle(ranks, rank))
-            if way is None:
+            if way is None or (way and rank >= len(self._visits)):
                 return None
             return (way[0], False) if way else (block, True)
         return None
@@ -480,8 +576,12 @@ class Schedule:
         return sorted(idle, key=lambda block: ranks.get(block, never), reverse=True)
 
     def _upcoming(self) -> Iterator[int]:
-        """Yield the blocks that visits will enter, the nearest of each visit first."""
-        ahead = [visit.expected[visit.position :] for visit in self._visits]
+        """Yield the blocks that visits will enter, the nearest of each visit first.
+
+        After the last comes the first again, for the next forward: else what it begins with would make way, and a cycle
+        through more blocks than there is room for would find none of them.
+        """
+        ahead = [visit.expected[visit.position :] + visit.expected[: visit.position] for visit in self._visits]
         for depth in range(max(map(len, ahead), default=0)):
             for blocks in ahead:
                 if depth < len(blocks):
@@ -493,29 +593,36 @@ class Schedule:
     def editing(self) -> Iterator[None]:
         """Wait until nobody is inside, and keep everybody out until the block of code ends."""
         with self._lock:
-            self._editors += 1
+            self._editors.append(threading.get_ident())
             try:
                 self._drain()
             except BaseException:
-                self._editors -= 1
+                self._editors.remove(threading.get_ident())
                 self._change.notify_all()
                 raise
         try:
             yield
         finally:
             with self._lock:
-                self._editors -= 1
+                self._editors.remove(threading.get_ident())
                 self._change.notify_all()
 
     def _drain(self) -> None:
         while self._visits or State.EVICTING in self._states or State.FETCHING in self._states:
-            self._change.wait()
+            self._end_interrupted()
+            if self._visits or self._is_stepping:
+                self._change.wait(_CHECK_S)
 
     def close(self) -> None:
         """Wait for whoever is inside, refuse newcomers, end the worker. Twice is fine."""
         with self._lock:
             self._is_shut = True
-            self._drain()
+            try:
+                self._drain()
+            except BaseException:  # such as KeyboardInterrupt: open as before
+                self._is_shut = False
+                raise
+            self._is_ended = True
             worker, self._worker = self._worker, None
             self._wakes.put(False)
         if worker is not None and worker is not threading.current_thread():
@@ -523,7 +630,7 @@ class Schedule:
 
     def abandon(self) -> None:
         """End the worker without waiting for anybody: when nobody can be inside any more. Safe in a finalizer."""
-        self._is_shut = True
+        self._is_shut = self._is_ended = True
         self._wakes.put(False)
 
     def _restart_in_child(self) -> None:
@@ -533,18 +640,23 @@ class Schedule:
         self._is_woken = False
         self._change = threading.Condition(self._lock)
         self._worker, self._can_have_worker = None, False
-        for visit in self._visits:
-            visit.held.clear()
-        self._visits.clear()
+        self._is_stepping = False
+        me = threading.get_ident()
+        self._visits = [visit for visit in self._visits if visit.thread_id == me]
         self._tickets.clear()
         self._closed.clear()
+        self._stale.clear()
+        inside = {visit.leased for visit in self._visits}
         for block, state in enumerate(self._states):
-            self._leases[block] = 0
-            if state is not State.ABSENT:
-                self._states[block] = State.ABSENT
-                self._room.leave(block, 0)
-        self._room.release(self._room.lent_bytes)
-        self._editors = 0
+            self._leases[block] = sum(visit.leased == block for visit in self._visits)
+            if block not in inside:
+                if block in self._entered:
+                    self._pass_on(block)
+                if state is not State.ABSENT:
+                    self._states[block] = State.ABSENT
+                    self._room.leave(block, 0)
+        self._room.release(self._room.lent_bytes - sum(visit.lent_bytes for visit in self._visits))
+        self._editors = [editor for editor in self._editors if editor == me]
 
 
 def _advance(visit: Visit, block: int) -> None:
@@ -562,7 +674,7 @@ def _work(schedule: Schedule) -> None:
     while schedule._wakes.get():
         with schedule._lock:
             schedule._is_woken = False
-            while not schedule._is_shut and schedule._step():
+            while not schedule._is_ended and schedule._step():
                 pass
 
 
@@ -573,6 +685,7 @@ class _Forks:
         self._live: weakref.WeakSet[Schedule] = weakref.WeakSet()
         self._stopped: list[Schedule] = []
         self._is_watching = False
+        self._lock = threading.Lock()  # two threads may fork at once
 
     def watch(self, schedule: Schedule) -> None:
         self._live.add(schedule)
@@ -581,6 +694,7 @@ class _Forks:
             os.register_at_fork(before=self._before, after_in_parent=self._in_parent, after_in_child=self._in_child)
 
     def _before(self) -> None:
+        self._lock.acquire()
         self._stopped = list(self._live)
         for schedule in self._stopped:
             schedule._lock.acquire()
@@ -588,10 +702,12 @@ class _Forks:
     def _in_parent(self) -> None:
         while self._stopped:
             self._stopped.pop()._lock.release()
+        self._lock.release()
 
     def _in_child(self) -> None:
         while self._stopped:
             self._stopped.pop()._restart_in_child()
+        self._lock = threading.Lock()
 
 
 _FORKS = _Forks()

@@ -66,10 +66,14 @@ def _unit(name: str, module: nn.Module, placement: Placement) -> Unit:
 
 
 def doors_of(model: nn.Module, streamed: Mapping[nn.Module, int]) -> Iterator[tuple[nn.Module, frozenset[int]]]:
-    """Yield the model and every module above a streamed one, each with the numbers of the blocks below it."""
+    """Yield the model and every module above a streamed one, each with the numbers of the blocks below it.
+
+    Left out: what has no forward, such as lists of modules.
+    """
     for module in model.modules():
         below = frozenset(streamed[part] for part in module.modules() if part in streamed and part is not module)
-        if module is model or (below and module not in streamed):
+        is_called = type(module).forward is not nn.Module.forward  # a list of modules is not
+        if module is model or (below and is_called and module not in streamed):
             yield module, below
 
 
