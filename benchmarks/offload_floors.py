@@ -83,7 +83,7 @@ def hook_cost(num_blocks: int, rounds: int) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     with torch.inference_mode():
-        x = torch.ones(1, 8)
+        x = torch.ones(1, 64)
         plain = _chain(num_blocks)
         expected = plain(x)
         seconds: dict[str, list[float]] = {"plain": [], "held": [], "moved": [], "resident": []}
@@ -93,8 +93,8 @@ def hook_cost(num_blocks: int, rounds: int) -> dict[str, Any]:
             if name != "plain":
                 home = "cpu" if name == "resident" else "disk"
                 residency = lading.offload(net, {"0": "cpu", **{str(i): home for i in range(1, num_blocks)}})
-                if name == "held":
-                    residency._parts._room.capacity = 2**40  # the map of devices asks for room for two
+                # a map of devices keeps room for two blocks to the byte, but pages are what is fetched
+                residency._parts._room.capacity = 2**40 if name == "held" else 2 * 6 * mmap.PAGESIZE
         num_resident_hooks = sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in nets["resident"])
         for _ in range(rounds + 1):
             for name, net in nets.items():
@@ -113,4 +113,4 @@ def hook_cost(num_blocks: int, rounds: int) -> dict[str, Any]:
 
 
 def _chain(num_blocks: int) -> nn.Sequential:
-    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(num_blocks)))
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(num_blocks)))

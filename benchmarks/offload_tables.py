@@ -110,7 +110,7 @@ def render_hooks(record: Mapping[str, Any]) -> str:
         [
             "## Cost per block",
             "",
-            f"{hooks['num_blocks']} linear blocks of 8×8, {hooks['plain_us']:.1f} µs each without lading.",
+            f"{hooks['num_blocks']} linear blocks of 64×64, {hooks['plain_us']:.1f} µs each without lading.",
             "",
             "| | µs added per block |",
             "|---|---|",

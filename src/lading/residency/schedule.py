@@ -134,6 +134,7 @@ class Schedule:
         self._lock = threading.Lock()
         self._wakes: SimpleQueue[bool] = SimpleQueue()
         self._is_woken = False
+        self._is_settled = False  # all blocks are here: nobody need be woken to look for one to fetch
         self._change = threading.Condition(self._lock)
         self._states = [State.ABSENT] * len(self._sizes)
         self._leases = [0] * len(self._sizes)
@@ -201,6 +202,7 @@ class Schedule:
 
     def _start(self) -> None:
         """Forget copies that an edit may have made stale, and let the mover look around."""
+        self._is_settled = False
         if self._mover.makes_copies:
             for block, state in enumerate(self._states):
                 if state is State.RESIDENT:
@@ -241,7 +243,7 @@ class Schedule:
             self._release(left)
             if visit.held:
                 self._admit(visit.held[-1], None)
-            elif self._tickets or self._has_more(visit):
+            elif self._tickets or (not self._is_settled and self._has_more(visit)):
                 self._wake()
 
     def _has_more(self, visit: Visit) -> bool:
@@ -253,7 +255,8 @@ class Schedule:
         if self._states[block] is State.RESIDENT and block not in self._closed:
             self.counts.hits += 1
             self._lease(block)
-            self._wake()
+            if not self._is_settled:
+                self._wake()
             return
         self._wait_for(_Ticket(block, self._sizes[block]))
 
@@ -338,6 +341,7 @@ class Schedule:
         """Do one thing that is due, with the lock given up meanwhile; say whether there was one."""
         self._grant()
         due = self._due()
+        self._is_settled = due is None and self._states.count(State.RESIDENT) == len(self._states)
         if due is None:
             return False
         block, is_fetch = due
