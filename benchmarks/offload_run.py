@@ -139,7 +139,7 @@ def check_manners(job: Job) -> dict[str, Any]:
     state = model.state_dict()
     told["state"] = {name: None if each.is_meta else digest_of(each) for name, each in state.items()}
     with torch.no_grad():
-        model.model.layers[-1].self_attn.q_proj.weight.mul_(1.5)
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
     run(model, all_ids[1])
     told["edited_digest"] = digest_of(run(model, all_ids[0]))
     return told

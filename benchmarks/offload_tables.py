@@ -91,7 +91,7 @@ def render_manners(record: Mapping[str, Any]) -> str:
         "## One model, four threads; state and edits",
         "",
         "A small model. Wrong and raised: of the calls of four threads, each with its own input. Edit: a weight of "
-        "the last layer scaled in place, another forward between.",
+        "the first layer, which is streamed, scaled in place, another forward between.",
         "",
         "| | wrong | raised | of | state_dict right | on meta | of | edit kept |",
         "|---|---|---|---|---|---|---|---|",
