@@ -69,7 +69,7 @@ class Bench:
     def _job(self, task: str, contender: str) -> dict[str, Any]:
         scratch = self._scratch / f"{self._folder.name}-{contender}"
         scratch.mkdir(exist_ok=True)
-        few = 1 if self._options.tiny else 2
+        few = self._options.forwards
         job = Job(
             task=task,
             contender=contender,
@@ -165,11 +165,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model, one round: proves that it runs")
     parser.add_argument("--rounds", type=int, help="processes per contender (default 3; tiny 1)")
+    parser.add_argument("--forwards", type=int, help="of 8x128 tokens per process, twice as many of 1x16 (default 2)")
     parser.add_argument("--threads", type=int, help="torch threads (default 2; tiny 1); bound cores with taskset")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where checkpoints are made; removed at the end")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables as markdown")
     options = parser.parse_args()
     options.threads = options.threads or (1 if options.tiny else 2)
+    options.forwards = options.forwards or (1 if options.tiny else 2)
     options.rounds = options.rounds or (1 if options.tiny else 3)
     return options
 
@@ -197,8 +199,8 @@ def main() -> None:
         total, budget = budget_of(checkpoint.folder)
         record: dict[str, Any] = {
             "benchmark": "bench_offload",
-            "command": f"python benchmarks/bench_offload.py --rounds {options.rounds} --threads {options.threads}"
-            + " --tiny" * options.tiny,
+            "command": f"python benchmarks/bench_offload.py --rounds {options.rounds} --forwards {options.forwards} "
+            f"--threads {options.threads}" + " --tiny" * options.tiny,
             "is_tiny": options.tiny,
             "threads": options.threads,
             "cores": len(os.sched_getaffinity(0)),

@@ -9,7 +9,9 @@ the order in which they were drawn, before anything is fetched ahead. Where a ti
 somebody inside, one of them is *closed*: who wants to enter it draws a ticket, who is inside leaves in time.
 
 What will be needed next is what the last visit through the same door needed next; before there was one, what the plan
-says. The block whose next use is furthest is evicted first.
+says. A lone visit that repeats an earlier one is expected to be repeated itself: while it computes what needs no
+fetching, the first blocks of the next one come in, beside room for what visits borrow. The block whose next use is
+furthest is evicted first.
 
 Concurrency: any thread may call everything. `_lock` guards all fields; movers are called without it, except `enter`,
 `leave` and `begin`, which must not wait. One worker thread steps; where there is none (after a fork), whoever waits
@@ -83,11 +85,14 @@ class Counts:
 class Visit:
     """Follow one thread's outermost call into the model. Used by that thread; read under the schedule's lock."""
 
-    __slots__ = ("door", "expected", "held", "position", "seen")
+    __slots__ = ("borrowed_bytes", "door", "expected", "held", "is_repeated", "position", "seen")
 
-    def __init__(self, door: object, expected: tuple[int, ...]) -> None:
+    def __init__(self, door: object, expected: tuple[int, ...], *, is_repeated: bool = False) -> None:
         self.door = door
         self.expected = expected
+        self.borrowed_bytes = 0
+        self.is_repeated = is_repeated
+        """Whether another one through the same door is likely to follow."""
         self.position = 0
         """How many of ``expected`` are behind us."""
         self.seen: list[int] = []
@@ -143,6 +148,7 @@ class Schedule:
         self._tickets: list[_Ticket] = []
         self._visits: list[Visit] = []
         self._orders = _Orders(planned=tuple(planned))
+        self._borrowed_bytes = 0
         self._editors = 0
         self._is_shut = False
         self._worker: threading.Thread | None = None
@@ -174,7 +180,8 @@ class Schedule:
                         way_out="call lading.offload again",
                     )
                 )
-            visit = Visit(door, self._orders.of(door, reachable))
+            is_repeated = door in self._orders.learned and not self._mover.makes_copies  # copies would be stale by then
+            visit = Visit(door, self._orders.of(door, reachable), is_repeated=is_repeated)
             if not self._visits:
                 self._start()
             self._visits.append(visit)
@@ -194,6 +201,7 @@ class Schedule:
                 visit.held.clear()
             if is_complete:
                 self._orders.learned[visit.door] = tuple(visit.seen)
+                self._borrowed_bytes = visit.borrowed_bytes
             if visit in self._visits:
                 self._visits.remove(visit)
             while not self._visits and State.EVICTING in self._states:
@@ -247,7 +255,7 @@ class Schedule:
                 self._wake()
 
     def _has_more(self, visit: Visit) -> bool:
-        return visit.position < len(visit.expected)
+        return visit.is_repeated or visit.position < len(visit.expected)
 
     def _admit(self, block: int, visit: Visit | None) -> None:
         if visit is not None:
@@ -293,6 +301,7 @@ class Schedule:
             ResidencyError: there will never be that much.
         """
         with self._lock:
+            visit.borrowed_bytes = max(visit.borrowed_bytes, num_bytes)
             if visit.held:
                 self._release(visit.held[-1])
             try:
@@ -456,10 +465,12 @@ class Schedule:
 
     def _ahead(self, ranks: dict[int, int]) -> tuple[int, bool] | None:
         """Choose what to fetch ahead: the next absent block, if nothing that is needed before it has to go."""
+        this_time = {block for visit in self._visits for block in visit.expected[visit.position :]}
         for block, rank in ranks.items():
             if self._states[block] is not State.ABSENT:
                 continue
-            way = self._room.make_way(block, self._sizes[block], self._idle(ranks, rank))
+            num_bytes = self._sizes[block] + (0 if block in this_time else self._borrowed_bytes)
+            way = self._room.make_way(block, num_bytes, self._idle(ranks, rank))
             if way is None:
                 return None
             return (way[0], False) if way else (block, True)
@@ -482,6 +493,8 @@ class Schedule:
             for blocks in ahead:
                 if depth < len(blocks):
                     yield blocks[depth]
+        if len(self._visits) == 1 and self._visits[0].is_repeated:
+            yield from self._visits[0].expected
 
     # Between forwards
 
