@@ -93,8 +93,8 @@ def hook_cost(num_blocks: int, rounds: int) -> dict[str, Any]:
             if name != "plain":
                 home = "cpu" if name == "resident" else "disk"
                 residency = lading.offload(net, {"0": "cpu", **{str(i): home for i in range(1, num_blocks)}})
-                # a map of devices keeps room for two blocks to the byte, but pages are what is fetched
-                residency._parts._room.capacity = 2**40 if name == "held" else 2 * 6 * mmap.PAGESIZE
+                if name == "held":
+                    residency._parts._room.capacity = 2**40  # a map of devices keeps room for two
         num_resident_hooks = sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in nets["resident"])
         for _ in range(rounds + 1):
             for name, net in nets.items():

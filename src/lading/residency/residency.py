@@ -113,7 +113,7 @@ class _Mapped:
         self._reader = reader
         units = units_of(model, plan)
         blocks, self._spill = _blocks(units, offload_folder)
-        sizes = [block.num_bytes for block in blocks]
+        sizes = [_weight_bytes(block) for block in blocks]
         streamed = {id(weight) for unit in units for weight in unit.weights}
         resident = [storage_span(weight) for weight in model.parameters() if id(weight) not in streamed]
         self._room = ByteRoom(sizes, _capacity(plan))
@@ -160,6 +160,11 @@ class _Mapped:
             reader=self._reader.name,
             read_bytes_per_s=self._reader.cold_bytes / self._reader.cold_s if self._reader.cold_s else None,
         )
+
+
+def _weight_bytes(block: MappedBlock) -> int:
+    """Count a block as plans do, to the byte: rounded to pages, two blocks would not fit into the room for two."""
+    return min(block.num_bytes, sum(weight.nbytes for weight, _ in block.weights))
 
 
 def _capacity(plan: Plan) -> int:
