@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lading.cli import main
 
@@ -45,12 +46,20 @@ class Net(nn.Module):
         return self.inner(x)
 
 
+def save_language_model(folder, minilm_path):
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(folder)
+
+
 @pytest.fixture
 def readers_folder(tmp_path, monkeypatch, minilm_path):
     """Make the folder that the README speaks of: a model under the paths it names, a checkpoint, a text file."""
     for name in ("path/or/repo-id", "path/to/MiniLM"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(minilm_path, target_is_directory=True)
+    save_language_model(tmp_path / "path/to/Llama", minilm_path)
     torch.manual_seed(0)
     save_file(Net().state_dict(), tmp_path / "net.safetensors")
     (tmp_path / "notes.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
@@ -69,7 +78,7 @@ def test_readme_python_runs_in_order(readers_folder):
 
 def test_readme_console_commands_run(readers_folder, capsys):
     ours = [words[1:] for words in commands() if words[0] == "lading"]
-    assert {words[0] for words in ours} == {"inspect", "plan", "embed", "search"}
+    assert {words[0] for words in ours} == {"inspect", "plan", "generate", "embed", "search"}
     for words in ours:
         assert main(words) == 0, capsys.readouterr().err
     assert TEXTS[0] in capsys.readouterr().out

@@ -125,8 +125,9 @@ class Hooks:
     @property
     def caller(self) -> _Caller:
         """Give the calling thread's own record."""
-        caller: _Caller | None = getattr(self._callers, "caller", None)
-        if caller is None:
+        try:
+            caller: _Caller = self._callers.caller
+        except AttributeError:
             caller = self._callers.caller = _Caller(self._schedule)
         return caller
 
@@ -172,14 +173,16 @@ class Hooks:
     def after(self, station: _Station, module: nn.Module, output: Any) -> Any:
         """Leave a module, and whatever inside it was not left; give another output, or None."""
         caller = self.caller
-        for depth in reversed(range(len(caller.stack))):
-            entered, _, _, escort = caller.stack[depth]
-            if entered is module:
-                try:
-                    return None if escort is None or output is None else escort.depart(output)
-                finally:
-                    caller.unwind(depth, is_complete=output is not None)
-        return None
+        depth = len(caller.stack) - 1  # nearly always this one
+        while depth >= 0 and caller.stack[depth][0] is not module:
+            depth -= 1
+        if depth < 0:
+            return None
+        escort = caller.stack[depth][3]
+        try:
+            return None if escort is None or output is None else escort.depart(output)
+        finally:
+            caller.unwind(depth, is_complete=output is not None)
 
 
 def hooks_of(module: nn.Module) -> Hooks | None:

@@ -153,6 +153,8 @@ class Schedule:
         self._lock = threading.Lock()
         self._wakes: SimpleQueue[bool] = SimpleQueue()
         self._is_woken = False
+        self._is_settled = False
+        """Whether every block is here: nobody need be woken to look for one to fetch."""
         self._change = threading.Condition(self._lock)
         self._states = [State.ABSENT] * len(self._sizes)
         self._leases = [0] * len(self._sizes)
@@ -267,6 +269,7 @@ class Schedule:
 
     def _start(self) -> None:
         """Forget copies that an edit may have made stale, and let the mover look around."""
+        self._is_settled = False
         if self._mover.makes_copies:
             for block, state in enumerate(self._states):
                 if state is State.RESIDENT:
@@ -302,7 +305,7 @@ class Schedule:
                 pass
             self._release(visit)
             self._enter_again(visit)
-            if not visit.held and (self._tickets or self._has_more(visit)):
+            if not visit.held and (self._tickets or not self._is_settled):
                 self._wake()
 
     def _enter_again(self, visit: Visit) -> None:
@@ -310,16 +313,14 @@ class Schedule:
         if visit.held and visit.leased is None and not visit.is_over:
             self._admit(visit, visit.held[-1])
 
-    def _has_more(self, visit: Visit) -> bool:
-        return visit.position < len(visit.expected)
-
     def _admit(self, visit: Visit, block: int, *, is_new: bool = False) -> None:
         if is_new:
             _advance(visit, block)
         if self._states[block] is State.RESIDENT and block not in self._closed:
             self.counts.hits += 1
             self._lease(visit, block)
-            self._wake()
+            if not self._is_settled:
+                self._wake()
         else:
             self._wait_for(_Ticket(visit, block, self._sizes[block]))
         self._mover.join(block)
@@ -426,6 +427,7 @@ class Schedule:
         """Do one thing that is due, with the lock given up meanwhile; say whether there was one."""
         self._grant()
         due = self._due()
+        self._is_settled = due is None and self._states.count(State.RESIDENT) == len(self._states)
         if due is None:
             return False
         block, is_fetch = due

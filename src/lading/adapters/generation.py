@@ -1,0 +1,122 @@
+"""Continue texts with a transformers language model, greedily.
+
+Knows tokenizers and ``generate``; not where the model's weights are. Guarantees: the same tokens as the model's own
+greedy search, whatever sampling its generation config asks for, and no message of transformers on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from lading.errors import CheckpointError, refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What a model made of a prompt. Immutable."""
+
+    prompt: str
+    text: str
+    """What follows the prompt."""
+    num_prompt_tokens: int
+    num_tokens: int
+    """Of ``text``."""
+
+
+class Continuer:
+    """Continue prompts one at a time. One thread.
+
+    Args:
+        model: a transformers causal language model on the CPU or with its inputs there.
+        path_or_repo_id: where its tokenizer is.
+        **hub: ``revision``, ``subfolder`` and what else finds files of a repository.
+
+    Raises:
+        CheckpointError: the model cannot generate from text alone, or there is no tokenizer.
+    """
+
+    def __init__(self, model: Any, path_or_repo_id: str, **hub: Any) -> None:
+        config = model.config
+        if not hasattr(model, "generate") or not model.can_generate() or config.is_encoder_decoder:
+            raise CheckpointError(
+                refusal(
+                    path_or_repo_id,
+                    found=f"{type(model).__name__}",
+                    expected="a causal language model, which continues a text",
+                    way_out="name such a model, as LlamaForCausalLM",
+                )
+            )
+        self._model = model
+        place = Path(path_or_repo_id).expanduser()
+        folder = place.parent if place.is_file() else place if place.exists() else path_or_repo_id
+        self._tokenizer = _tokenizer(str(folder), hub)
+
+    def __call__(self, prompt: str, *, new_tokens: int) -> Continuation:
+        """Continue a prompt by at most a number of tokens; fewer where the model ends.
+
+        Raises:
+            CheckpointError: the tokenizer makes no token of the prompt.
+        """
+        inputs = self._tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        if not num_prompt_tokens:
+            raise CheckpointError(
+                refusal(
+                    f"prompt {prompt!r}",
+                    found="no token",
+                    expected="one or more",
+                    way_out="write something to continue",
+                )
+            )
+        inputs = inputs.to(self._model.device)
+        with torch.inference_mode():
+            tokens = self._model.generate(**inputs, **self._greedy(), max_new_tokens=new_tokens)[0]
+        added = tokens[num_prompt_tokens:]
+        return Continuation(
+            prompt=prompt,
+            text=self._text_after(inputs["input_ids"][0], tokens),
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=len(added),
+        )
+
+    def _text_after(self, prompt: torch.Tensor, tokens: torch.Tensor) -> str:
+        """Write what follows the prompt; some tokenizers drop the space before a text that they begin with."""
+        begin = self._tokenizer.decode(prompt, skip_special_tokens=True)
+        whole = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        if whole.startswith(begin):
+            return str(whole[len(begin) :])
+        return str(self._tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True))
+
+    def _greedy(self) -> dict[str, Any]:
+        """Turn sampling off, with the settings that would be complained about then."""
+        ends = self._model.generation_config.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
+        pad = self._tokenizer.pad_token_id
+        unused = {"temperature": None, "top_p": None, "top_k": None, "max_length": None}
+        return {"do_sample": False, "num_beams": 1, "pad_token_id": end if pad is None else pad, **unused}
+
+
+def _tokenizer(folder: str, hub: dict[str, Any]) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+    except (OSError, ValueError) as error:
+        raise _refused(folder, str(error)) from error
+    if not len(tokenizer):  # transformers 5 makes one of nothing
+        raise _refused(folder, "none")
+    return tokenizer
+
+
+def _refused(folder: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        refusal(
+            folder,
+            found=f"no tokenizer that transformers can load ({found})",
+            expected="one beside the weights",
+            way_out="save the model's tokenizer there: tokenizer.save_pretrained",
+        )
+    )
