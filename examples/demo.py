@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 
 from lading.cli import main
 
+MEMORY = "cpu=64MiB"  # the weights take 87 MiB
 QUESTIONS = ("Which statement ends a loop early?", "How do I make sure that a file is closed even after an error?")
 
 
@@ -45,6 +46,10 @@ def demo(folder: Path) -> None:
     run("embed", "--model", str(find_model()), "--out", store, "--split", "paragraph", *texts)
     for question in QUESTIONS:
         run("search", store, question, "--k", "3")
+    print(f"\nThe same model in less memory than its weights take ({MEMORY}): the same answers, from the same vectors.")
+    small, few = str(folder / "small.lance"), [path for path in texts if Path(path).name < "c"]
+    run("embed", "--model", str(find_model()), "--memory", MEMORY, "--out", small, "--split", "paragraph", *few)
+    run("search", small, QUESTIONS[0], "--k", "1")
 
 
 if __name__ == "__main__":

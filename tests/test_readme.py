@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import lading
 from lading.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,10 +69,12 @@ def readers_folder(tmp_path, monkeypatch, minilm_path):
 
 
 def test_readme_python_runs_in_order(readers_folder):
-    names = {"Net": Net, "texts": TEXTS}
+    names = {"Net": Net, "texts": TEXTS, "inputs": {"input_ids": torch.arange(100, 112)[None]}}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["model"], nn.Module)
+    assert lading.Residency.of(names["model"]).stats().fetches > 0
+    assert [tuple(names["seen"][name].shape) for name in names["seen"]] == [(1, 384)] * 2
     assert torch.equal(names["net"].inner.weight, load_file("net.safetensors")["inner.weight"])
     assert len(names["hits"]) == len(TEXTS)
 

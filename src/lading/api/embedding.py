@@ -6,8 +6,10 @@ The only place that knows both how a model is loaded and how texts are embedded.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -33,13 +35,15 @@ class Embedder(embedder.Embedder):
         [None, None]
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - those of the class below, and one
         self,
         model: nn.Module | str | os.PathLike[str],
         tokenizer: Tokenizer | None = None,
         settings: EmbedSettings | None = None,
         batching: Batching | None = None,
         runner: embedder.Runner | None = None,
+        *,
+        max_memory: Mapping[Any, Any] | None = None,
     ) -> None:
         """Load what is not given.
 
@@ -49,13 +53,19 @@ class Embedder(embedder.Embedder):
             settings: None: as the sentence-transformers files beside the model say, mean pooling where there are none.
             batching: None: the defaults.
             runner: None: one batch after the other on the model's device.
+            max_memory: for a model given by its path: what its weights may take of each device, as for `lading.plan`;
+                what does not fit streams. A loaded module is placed by whoever loaded it.
 
         Raises:
             CheckpointError: the model cannot be loaded, or its files ask for something that lading does not do.
             MissingTensorError: the checkpoint lacks weights that hidden states need.
-            EmbedError: a module without a tokenizer, and none beside it.
+            EmbedError: a module without a tokenizer, and none beside it; or ``max_memory`` with a module.
+            PlanError: no placement keeps within ``max_memory``.
         """
         if isinstance(model, nn.Module):
+            if max_memory is not None:
+                found, expected = "max_memory and a loaded module", "a path"
+                raise EmbedError(refusal("Embedder", found=found, expected=expected, way_out="call lading.offload"))
             tokenizer, settings = _complete(model, tokenizer, settings)
             super().__init__(model, tokenizer, settings, batching, runner)
             return
@@ -64,13 +74,21 @@ class Embedder(embedder.Embedder):
         files = read_embedding_model(directory, str(directory.resolve()) if Path(name).expanduser().exists() else name)
         if tokenizer is None:
             tokenizer = load_tokenizer(files.directory, lowers_case=files.lowers_case)
-        module = _load_encoder(name, files.subfolder, files.model_class)
+        module = _load_encoder(name, files.subfolder, files.model_class, max_memory)
         super().__init__(module, tokenizer, settings or files.settings, batching, runner)
 
 
-def _load_encoder(name: str, subfolder: str, model_class: str) -> nn.Module:
+def _load_encoder(name: str, subfolder: str, model_class: str, max_memory: Mapping[Any, Any] | None) -> nn.Module:
     """Load a model without its head; what only the head needs may be too much, and the pooler may be missing."""
-    module, report = load(name, subfolder=subfolder, model_class=model_class, strict=False, output_loading_info=True)
+    module, report = load(
+        name,
+        subfolder=subfolder,
+        model_class=model_class,
+        strict=False,
+        output_loading_info=True,
+        device_map=None if max_memory is None else "auto",
+        max_memory=max_memory,
+    )
     missing = [tensor for tensor in report.missing if "pooler" not in tensor.split(".")]
     if missing:
         raise MissingTensorError(

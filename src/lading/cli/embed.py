@@ -9,9 +9,11 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lading.cli.plan import parse_memory
 from lading.units import format_bytes
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--keep", nargs="+", action="extend", default=[], metavar="FIELD", help="fields to keep beside the text"
     )
     parser.add_argument("--prompt-name", help="the model's prompt to put before every text")
+    parser.add_argument(
+        "--memory",
+        help="what weights may take, such as cpu=2GiB; what does not fit streams (default: no limit)",
+        metavar="DEVICE=SIZE,…",
+    )
     parser.add_argument("--window-rows", type=int, default=4096, help="texts per commit (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per batch (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
@@ -55,6 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     from lading.embed.batching import Batching
     from lading.embed.store import VectorStore
     from lading.errors import EmbedError, StoreError, refusal
+    from lading.residency.residency import Residency
 
     store = VectorStore(args.out)
     if store.exists():
@@ -64,7 +72,8 @@ def _run(args: argparse.Namespace) -> int:
         )
     batching = Batching(window_rows=args.window_rows, max_batch_tokens=args.batch_tokens)
     start_s = time.perf_counter()
-    embedder = Embedder(args.model, batching=batching)
+    memory = None if args.memory is None else parse_memory(args.memory)
+    embedder = Embedder(args.model, batching=batching, max_memory=memory)
     loaded_s = time.perf_counter()
     rows = embedder.stream(corpus.records(), prompt_name=args.prompt_name)
     try:
@@ -80,6 +89,8 @@ def _run(args: argparse.Namespace) -> int:
             refusal(", ".join(corpus.paths), found="no text", expected="one or more", way_out="check the input")
         )
     num_tokens = embedder.stats().num_tokens
+    residency = Residency.of(embedder.module)
+    streamed = {} if residency is None else {"residency": asdict(residency.stats())}
     _print_summary(
         {
             "out": args.out,
@@ -90,9 +101,12 @@ def _run(args: argparse.Namespace) -> int:
             "embed_s": elapsed_s,
             "load_s": loaded_s - start_s,
             "peak_memory_bytes": _peak_memory_bytes(),
+            **streamed,
         },
         as_json=args.json,
     )
+    if residency is not None and not args.json:
+        print(f"weights in {args.memory}: {residency.stats()}")
     return 0
 
 
@@ -114,7 +128,7 @@ def _read_corpus(args: argparse.Namespace) -> Corpus:
     )
 
 
-def _print_summary(summary: dict[str, str | float], *, as_json: bool) -> None:
+def _print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return

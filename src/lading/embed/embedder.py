@@ -110,6 +110,11 @@ class Embedder:
         """
         return self._rows(texts, self.settings.resolve_prompt(prompt, prompt_name))
 
+    @property
+    def module(self) -> nn.Module:
+        """Give the model that embeds."""
+        return self._model
+
     def stats(self) -> EmbedStats:
         """Take a snapshot of the counts."""
         with self._lock:
