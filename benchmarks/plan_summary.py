@@ -45,11 +45,6 @@ def _quality(name: str, problems: Sequence[Any], feasible: Sequence[Any]) -> dic
     valid = [(problem, outcome) for problem, outcome in answered if not outcome.finding.faults]
     rated = [problem for problem in feasible if problem.best.kept_bytes]
     shares = [_share(problem, name) for problem, _ in valid if problem.best.kept_bytes]
-    turned = [
-        min(1.0, outcome.finding.kept_bytes / problem.best.from_either_end_bytes)
-        for problem, outcome in valid
-        if problem.best.from_either_end_bytes
-    ]
     crashed = [(problem, problem.outcomes[name].crash) for problem in problems if problem.outcomes[name].crash]
     bounds = [
         outcome.finding.kept_bytes / outcome.bound_bytes
@@ -72,12 +67,6 @@ def _quality(name: str, problems: Sequence[Any], feasible: Sequence[Any]) -> dic
             "all_mean": sum(shares) / max(1, len(rated)),
             "num_reached": sum(share >= 1 for share in shares),
             "num_rated": len(rated),
-        },
-        "share_from_either_end": {
-            "mean": statistics.fmean(turned) if turned else None,
-            "min": min(turned, default=None),
-            "num_below": sum(share < 1 for share in turned),
-            "num_rated": len(turned),
         },
         "num_keeping_more_than_ours": sum(_kept(problem, name) > _kept(problem, "lading") for problem in feasible),
         "share_of_bound": {
