@@ -10,8 +10,9 @@ from brute_force import best_contiguous, first_cover, is_valid, problems, used_b
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from lading.placement.feasible import can_keep_some
 from lading.placement.optimum import Problem, Solution, cover, prefix_sums
-from lading.placement.streaming import can_keep_some, keep_most
+from lading.placement.streaming import keep_most
 
 
 def problem_of(weights: list[int], capacities: list[int], **others: object) -> Problem:
