@@ -77,7 +77,7 @@ class LeastRoom:
             size, other = other, size
         streamed = homes.streamed(solution)
         total = sum(streamed)
-        low, high = max(size, total - other), total if self.least is None else self.least - 1
+        low, high = max(size, total - other), max(size, total) if self.least is None else self.least - 1
         if low <= high and self._suffices(high, solution):
             full = packing.choose(streamed, other) or []  # the other one, filled as well as can be
             beside = total - sum(size for size, chosen in zip(streamed, full, strict=False) if chosen)
