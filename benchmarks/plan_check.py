@@ -104,7 +104,8 @@ class Inventory:
     def units(self) -> list[Unit]:
         """Join the blocks that share a tensor, at the place of the first, and weigh them.
 
-        Parameters that a split module holds itself move with the block that they are joined to, or never.
+        Parameters that a split module holds itself never move, whatever they are joined to: no forward of their own
+        says when they are needed.
         """
         leaders: dict[int, int] = {}
 
@@ -118,12 +119,12 @@ class Inventory:
             one = first.setdefault(each.identity, each)
             low, high = sorted((leader(one.block), leader(each.block)))
             leaders[high] = low
-        moving = {leader(each.block) for each in self.held if not each.is_own}
+        own = {each.identity for each in self.held if each.is_own}
         sizes: dict[int, list[int]] = {}
         for each in self.held:
             weight_and_fixed = sizes.setdefault(leader(each.block), [0, 0])
             if first[each.identity] is each:
-                is_fixed = not each.is_parameter or leader(each.block) not in moving
+                is_fixed = not each.is_parameter or each.identity in own
                 weight_and_fixed[is_fixed] += each.num_bytes
         return [Unit(weight, fixed) for weight, fixed in sizes.values()]
 
@@ -148,6 +149,8 @@ class Finding:
     """Each begins with a kind and a colon; none: the map is valid."""
     kept_bytes: int
     """What rests where it runs, buffers of streamed modules included; 0 if accelerators are there and run nothing."""
+    aside_bytes: int
+    """What a split module shares with a streamed block: it is sent along by name, but its room stays with the model."""
     is_whole: bool
     """Whether nothing is streamed, and accelerators run everything if there are any."""
     parts_uncalled: bool
@@ -200,6 +203,12 @@ def check(
         counted.add((each.identity, rests_on))
         used[rests_on] += each.num_bytes
         kept += each.num_bytes if rests_on not in tiers else 0
+    own = {each.identity for each in inventory.held if each.is_own}
+    aside = {
+        each.identity: each.num_bytes
+        for each in inventory.held
+        if each.identity in own and not each.is_own and each.is_parameter and homes.get(each.name) in tiers
+    }
     split = [devices for devices in wholes.values() if len(devices) > 1]
     if split:
         faults["split"] = f"{len(split)} modules that must stay whole"
@@ -219,6 +228,7 @@ def check(
     return Finding(
         faults=tuple(f"{kind}: {text}" for kind, text in faults.items()),
         kept_bytes=0 if has_accelerators and main == "cpu" else kept,
+        aside_bytes=sum(aside.values()),
         is_whole=is_whole and not uncovered and not (has_accelerators and main == "cpu"),
         parts_uncalled=any(len(devices) > 1 for devices in blocks.values()) and not split,
         main=main,
@@ -235,12 +245,6 @@ def home_of(name: str, device_map: Mapping[str, Device]) -> Device | None:
 
 
 # The best there could have been
-
-
-def named_alone(plan: Any, inventory: Inventory) -> int:
-    """Count tensors that a split module shares with a streamed block: the map sends them along, the plan keeps them."""
-    keys = {key for placement in plan.placements if placement.is_streamed for key in placement.keys}
-    return sum({each.identity: each.num_bytes for each in inventory.held if each.name in keys}.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
