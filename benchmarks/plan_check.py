@@ -41,7 +41,7 @@ class Held(NamedTuple):
     block: int
     """The same where modules that use their children's weights without calling them are whole too."""
     is_own: bool
-    """It belongs to a module that is split."""
+    """It belongs to a module that is split, or that is never called."""
 
 
 class Unit(NamedTuple):
@@ -74,7 +74,8 @@ class Inventory:
         if block is None and (whole is not None or uses_its_children(module)):
             block = whole if whole is not None else self._new_group()
         prefix = f"{path}." if path else ""
-        leaf, is_own = self._new_group(), any(any(_tensors(child)) for child in module.children())
+        is_never_called = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        leaf, is_own = self._new_group(), is_never_called or any(any(_tensors(child)) for child in module.children())
         for name, tensor in _tensors(module, recurse=False):
             self.held.append(
                 Held(
@@ -104,8 +105,8 @@ class Inventory:
     def units(self) -> list[Unit]:
         """Join the blocks that share a tensor, at the place of the first, and weigh them.
 
-        Parameters that a split module holds itself never move, whatever they are joined to: no forward of their own
-        says when they are needed.
+        Parameters that a split module holds itself, or a list of parameters, never move, whatever they are joined to:
+        no forward of their own says when they are needed.
         """
         leaders: dict[int, int] = {}
 

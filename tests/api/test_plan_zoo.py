@@ -87,6 +87,24 @@ def test_referee_counts_a_tied_tensor_once_and_refuses_to_part_it():
     assert [each.split(":")[0] for each in check(inventory, parted, ROOMY).faults] == ["parted"]
 
 
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(8, 4)  # 128 + 16 bytes
+        self.bias = self.decoder.bias
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(2))])  # 8 bytes
+
+
+def test_referee_streams_nothing_that_no_forward_of_its_own_asks_for():
+    """Neither what a split module holds itself, though a block may share it, nor a list that is never called."""
+    inventory = Inventory.of(Shared(), [])
+    assert sorted(inventory.units()) == [Unit(0, 8), Unit(128, 16)]
+
+    streamed = check(inventory, {"decoder": "cpu", "bias": "cpu", "scales": 0}, ROOMY)
+    assert (streamed.faults, streamed.kept_bytes, streamed.aside_bytes) == ((), 8, 16)
+    assert check(inventory, {"": 0}, ROOMY).aside_bytes == 0
+
+
 def every_placement(units: list[Unit], capacities: list[int]) -> tuple[bool, int | None]:
     """Try all: whether everything fits, and the most bytes kept otherwise, with a weight on the main device."""
     is_whole, best = False, None
