@@ -152,7 +152,7 @@ def judge(answer: Answer, inventory: Inventory, memory: Any, outcome: Outcome) -
     dispatched = [*(set(device_map.values()) - {"cpu", "disk"})][:1]  # accelerate 1.15, big_modeling.py
     outcome.as_dispatched = plan_check.check(inventory, device_map, memory, main=(dispatched or ["cpu"])[0])
     if answer.plan is not None:
-        outcome.resident_bytes = answer.plan.resident_bytes - plan_check.named_alone(answer.plan, inventory)
+        outcome.resident_bytes = answer.plan.resident_bytes
         outcome.bound_bytes = answer.plan.bound
 
 

@@ -6,14 +6,14 @@ problem again, with blocks cut anew.
 
 The rules. Every parameter and buffer has a home: that of the longest dotted prefix of its name. A tensor that stands in
 several places is counted once. A module that must not be split has one home. What rests on ``cpu`` or ``disk`` while an
-accelerator runs the model (the first one of the map) is streamed, whole blocks at a time: that accelerator also holds
-the buffers of what is streamed, and must have room for the largest streamed block. Without an accelerator in the map
-the CPU runs the model, and what rests on disk is streamed.
+accelerator runs the model (the one with the lowest number in the map) is streamed, whole blocks at a time: that
+accelerator also holds the buffers of what is streamed, and must have room for the largest streamed block. Without an
+accelerator in the map the CPU runs the model, and what rests on disk is streamed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,7 +41,7 @@ class Held(NamedTuple):
     block: int
     """The same where modules that use their children's weights without calling them are whole too."""
     is_own: bool
-    """It belongs to a module that is split."""
+    """It belongs to a module that is split, or that is never called."""
 
 
 class Unit(NamedTuple):
@@ -74,7 +74,8 @@ class Inventory:
         if block is None and (whole is not None or uses_its_children(module)):
             block = whole if whole is not None else self._new_group()
         prefix = f"{path}." if path else ""
-        leaf, is_own = self._new_group(), any(any(_tensors(child)) for child in module.children())
+        is_never_called = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        leaf, is_own = self._new_group(), is_never_called or any(any(_tensors(child)) for child in module.children())
         for name, tensor in _tensors(module, recurse=False):
             self.held.append(
                 Held(
@@ -104,7 +105,8 @@ class Inventory:
     def units(self) -> list[Unit]:
         """Join the blocks that share a tensor, at the place of the first, and weigh them.
 
-        Parameters that a split module holds itself move with the block that they are joined to, or never.
+        Parameters that a split module holds itself, or a list of parameters, never move, whatever they are joined to:
+        no forward of their own says when they are needed.
         """
         leaders: dict[int, int] = {}
 
@@ -118,12 +120,12 @@ class Inventory:
             one = first.setdefault(each.identity, each)
             low, high = sorted((leader(one.block), leader(each.block)))
             leaders[high] = low
-        moving = {leader(each.block) for each in self.held if not each.is_own}
+        own = {each.identity for each in self.held if each.is_own}
         sizes: dict[int, list[int]] = {}
         for each in self.held:
             weight_and_fixed = sizes.setdefault(leader(each.block), [0, 0])
             if first[each.identity] is each:
-                is_fixed = not each.is_parameter or leader(each.block) not in moving
+                is_fixed = not each.is_parameter or each.identity in own
                 weight_and_fixed[is_fixed] += each.num_bytes
         return [Unit(weight, fixed) for weight, fixed in sizes.values()]
 
@@ -148,6 +150,8 @@ class Finding:
     """Each begins with a kind and a colon; none: the map is valid."""
     kept_bytes: int
     """What rests where it runs, buffers of streamed modules included; 0 if accelerators are there and run nothing."""
+    aside_bytes: int
+    """What a split module shares with a streamed block: it is sent along by name, but its room stays with the model."""
     is_whole: bool
     """Whether nothing is streamed, and accelerators run everything if there are any."""
     parts_uncalled: bool
@@ -200,6 +204,12 @@ def check(
         counted.add((each.identity, rests_on))
         used[rests_on] += each.num_bytes
         kept += each.num_bytes if rests_on not in tiers else 0
+    own = {each.identity for each in inventory.held if each.is_own}
+    aside = {
+        each.identity: each.num_bytes
+        for each in inventory.held
+        if each.identity in own and not each.is_own and each.is_parameter and homes.get(each.name) in tiers
+    }
     split = [devices for devices in wholes.values() if len(devices) > 1]
     if split:
         faults["split"] = f"{len(split)} modules that must stay whole"
@@ -219,6 +229,7 @@ def check(
     return Finding(
         faults=tuple(f"{kind}: {text}" for kind, text in faults.items()),
         kept_bytes=0 if has_accelerators and main == "cpu" else kept,
+        aside_bytes=sum(aside.values()),
         is_whole=is_whole and not uncovered and not (has_accelerators and main == "cpu"),
         parts_uncalled=any(len(devices) > 1 for devices in blocks.values()) and not split,
         main=main,
@@ -237,20 +248,12 @@ def home_of(name: str, device_map: Mapping[str, Device]) -> Device | None:
 # The best there could have been
 
 
-def named_alone(plan: Any, inventory: Inventory) -> int:
-    """Count tensors that a split module shares with a streamed block: the map sends them along, the plan keeps them."""
-    keys = {key for placement in plan.placements if placement.is_streamed for key in placement.keys}
-    return sum({each.identity: each.num_bytes for each in inventory.held if each.name in keys}.values())
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
     """What the best contiguous placement reaches. Immutable."""
 
     kept_bytes: int
     """0 where accelerators can keep nothing, so that the CPU runs the model; -1 where it cannot run either."""
-    from_either_end_bytes: int
-    """The same where the accelerator of the last run may be the main one too, not that of the first alone."""
     is_whole: bool
     """Everything fits on the accelerators (on the CPU, if there are none)."""
     is_decided: bool = True
@@ -258,31 +261,31 @@ class Best:
 
 
 def best_of(units: Sequence[Unit], memory: Memory) -> Best:
-    """Solve the problem: one run of neighbours for each accelerator, the first of them the main one; the rest streams.
+    """Solve the problem: one run of neighbours for each accelerator, in any order; the rest streams.
+
+    What streams runs on the accelerator with the lowest number of those that hold anything, which accelerate's
+    ``dispatch_model`` takes, wherever its run stands.
 
     Host memory and a disk of known size surely hold what is smaller than both by the largest block and all buffers
     (which a planner may also keep where blocks are streamed from), and surely do not hold what is larger than both; in
     between the problem counts as undecided.
     """
-    accelerators = [size for device, size in memory.items() if isinstance(device, int)]
+    accelerators = [memory[device] for device in sorted(each for each in memory if isinstance(each, int))]
     capacities, total = accelerators or [memory.get("cpu", 0)], sum(map(sum, units))
     if all_fit(units, capacities):
-        return Best(kept_bytes=total, from_either_end_bytes=total, is_whole=True)
+        return Best(kept_bytes=total, is_whole=True)
     kept = most_kept(units, capacities)
-    turned = most_kept(units[::-1], capacities) if len(capacities) > 1 else kept
-    either = max(kept or 0, turned or 0)
     if kept is None and accelerators:
         host = memory.get("cpu", 0)
         on_cpu = total if total <= host else most_kept(units, [host])
         runs_on_cpu = on_cpu is not None and total - on_cpu <= memory.get("disk", total)
-        return Best(kept_bytes=0 if runs_on_cpu else -1, from_either_end_bytes=either, is_whole=False)
+        return Best(kept_bytes=0 if runs_on_cpu else -1, is_whole=False)
     if kept is None:
-        return Best(kept_bytes=-1, from_either_end_bytes=0, is_whole=False)
+        return Best(kept_bytes=-1, is_whole=False)
     left = memory.get("disk", total) + (memory.get("cpu", 0) if accelerators else 0) - (total - kept)
     is_decided = left < 0 or left >= max(map(sum, units)) + sum(unit.fixed for unit in units) or "disk" not in memory
     return Best(
         kept_bytes=kept if left >= 0 or not is_decided else -1,
-        from_either_end_bytes=either,
         is_whole=False,
         is_decided=is_decided,
     )
@@ -318,19 +321,26 @@ def least_equal(units: Sequence[Unit], num_devices: int) -> int:
 
 
 def most_kept(units: Sequence[Unit], capacities: Sequence[int]) -> int | None:
-    """Give the most bytes that can rest on accelerators, at least one weight among them, when not all can.
+    """Give the most bytes that can rest on accelerators, at least one weight on the main one, when not all can.
 
-    For every size that the largest streamed unit may have, for every accelerator as the main one, for every run of it:
-    what the others can keep behind it. Of what they keep, both the weight and the fixed bytes count: what they do not
-    take of the latter lies on the main one.
+    For every size that the largest streamed unit may have, for every accelerator as the main one, for every way to
+    divide those after it in the list between both sides of it, for every run of it: what the others can keep beside it.
+    Of what they keep, both the weight and the fixed bytes count: what they do not take of the latter lies on the main
+    one.
+
+    Args:
+        units: what is placed, in execution order.
+        capacities: of accelerators in the order of their numbers. The main one is the first of those used.
     """
     best = -1
     for room in sorted({unit.weight for unit in units}):
         if sum(capacities) - room - sum(unit.fixed for unit in units) <= best:
             break  # nothing larger can leave more
-        best = max(best, _Search(units, room).run(tuple(sorted(capacities)), best))
+        best = max(best, _Search(units, room).run(capacities, best))
     return best + sum(unit.fixed for unit in units) if best > 0 else None
 
+
+_NEVER = -(2**80)
 
 Front = list[tuple[int, int]]
 """Weight kept and fixed bytes kept, where neither can grow without the other falling; the heaviest first."""
@@ -342,36 +352,50 @@ class _Search:
     def __init__(self, units: Sequence[Unit], room: int) -> None:
         self._room = room
         self._weights = list(accumulate((unit.weight for unit in units), initial=0))
+        self._num_fixed_bytes = sum(unit.fixed for unit in units)
+        self._behind = _Suffixes(units, room)
+        self._before = _Suffixes(units[::-1], room)
+
+    def run(self, capacities: Sequence[int], best: int) -> int:
+        for at, capacity in enumerate(capacities):
+            if capacity <= max(capacities[:at], default=-1):
+                continue  # that one, which would be unused, could take its place
+            for before, behind in _divisions(capacities[at + 1 :]):
+                fronts = self._before.fronts(before)[::-1], self._behind.fronts(behind)
+                best = self._run_between(*fronts, capacity, best)
+        return best
+
+    def _run_between(self, before: list[Front], behind: list[Front], capacity: int, best: int) -> int:
+        """Try every run of the main accelerator, with what others can keep up to its start and from its end."""
+        weights, spare = self._weights, capacity - self._room - self._num_fixed_bytes
+        for start, front in enumerate(before[:-1]):
+            if not front:
+                break  # what must not stream is in its way
+            for end in range(bisect_right(weights, weights[start] + capacity - self._room) - 1, start, -1):
+                own = weights[end] - weights[start]
+                if not own or not behind[end] or front[0][0] + own + behind[end][0][0] <= best:
+                    break  # a shorter run cannot lead to more
+                best = max(best, own + _heaviest(front, behind[end], own - spare))
+        return best
+
+
+class _Suffixes:
+    """Find what accelerators that are not the main one can keep from each position on. One thread."""
+
+    def __init__(self, units: Sequence[Unit], room: int) -> None:
+        self._weights = list(accumulate((unit.weight for unit in units), initial=0))
         self._fixed = list(accumulate((unit.fixed for unit in units), initial=0))
         self._totals = [weight + fixed for weight, fixed in zip(self._weights, self._fixed, strict=True)]
         self._may_stream = [unit.weight <= room for unit in units]
-        self._behind: dict[tuple[int, ...], list[Front]] = {}
+        self._fronts: dict[tuple[int, ...], list[Front]] = {}
 
-    def run(self, capacities: tuple[int, ...], best: int) -> int:
-        num_units, weights, fixed = len(self._may_stream), self._weights, self._fixed
-        for at, capacity in enumerate(capacities):
-            if capacity in capacities[:at]:
-                continue
-            behind = self._keep_behind((*capacities[:at], *capacities[at + 1 :]))
-            spare = capacity - self._room - fixed[-1]
-            for start in range(num_units):
-                for end in range(bisect_right(weights, weights[start] + capacity - self._room) - 1, start, -1):
-                    own = weights[end] - weights[start]
-                    if not own or not behind[end] or own + behind[end][0][0] <= best:
-                        break  # a shorter run cannot lead to more
-                    fitting = [weight for weight, elsewhere in behind[end] if own <= spare + elsewhere]
-                    best = max([best, *[own + weight for weight in fitting]])
-                if not self._may_stream[start]:
-                    break
-        return best
-
-    def _keep_behind(self, left: tuple[int, ...]) -> list[Front]:
-        """For each position: what accelerators that are not the main one can keep from there on."""
-        if left not in self._behind:
+    def fronts(self, left: tuple[int, ...]) -> list[Front]:
+        """Give a front for each position; an empty one where something must not stream and fits nowhere."""
+        if left not in self._fronts:
             num_units = len(self._may_stream)
             fronts: list[Front] = [[] for _ in range(num_units)] + [[(0, 0)]]
             rests = [
-                (capacity, self._keep_behind((*left[:at], *left[at + 1 :])))
+                (capacity, self.fronts((*left[:at], *left[at + 1 :])))
                 for at, capacity in enumerate(left)
                 if capacity not in left[:at] and capacity >= 0
             ]
@@ -382,8 +406,23 @@ class _Search:
                     own = self._weights[end] - self._weights[start], self._fixed[end] - self._fixed[start]
                     found += [(own[0] + weight, own[1] + kept) for weight, kept in rest[end]]
                 fronts[start] = _front(found)
-            self._behind[left] = fronts
-        return self._behind[left]
+            self._fronts[left] = fronts
+        return self._fronts[left]
+
+
+def _divisions(capacities: Sequence[int]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """List every way to divide accelerators in two; equal ones are not told apart."""
+    found: set[tuple[tuple[int, ...], tuple[int, ...]]] = {((), ())}
+    for capacity in sorted(capacities):
+        found = {pair for one, other in found for pair in (((*one, capacity), other), (one, (*other, capacity)))}
+    return found
+
+
+def _heaviest(before: Front, behind: Front, fixed: int) -> int:
+    """Give the most weight that two sides keep of which the fixed bytes reach a number; less than nothing for none."""
+    kept = [each for _, each in behind]
+    places = [(weight, bisect_left(kept, fixed - each)) for weight, each in before]
+    return max((weight + behind[at][0] for weight, at in places if at < len(kept)), default=_NEVER)
 
 
 def _front(found: Front) -> Front:

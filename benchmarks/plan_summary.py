@@ -45,14 +45,9 @@ def _quality(name: str, problems: Sequence[Any], feasible: Sequence[Any]) -> dic
     valid = [(problem, outcome) for problem, outcome in answered if not outcome.finding.faults]
     rated = [problem for problem in feasible if problem.best.kept_bytes]
     shares = [_share(problem, name) for problem, _ in valid if problem.best.kept_bytes]
-    turned = [
-        min(1.0, outcome.finding.kept_bytes / problem.best.from_either_end_bytes)
-        for problem, outcome in valid
-        if problem.best.from_either_end_bytes
-    ]
     crashed = [(problem, problem.outcomes[name].crash) for problem in problems if problem.outcomes[name].crash]
     bounds = [
-        outcome.finding.kept_bytes / outcome.bound_bytes
+        _held(outcome.finding) / outcome.bound_bytes
         for _, outcome in valid
         if outcome.bound_bytes and outcome.finding.kept_bytes
     ]
@@ -72,12 +67,6 @@ def _quality(name: str, problems: Sequence[Any], feasible: Sequence[Any]) -> dic
             "all_mean": sum(shares) / max(1, len(rated)),
             "num_reached": sum(share >= 1 for share in shares),
             "num_rated": len(rated),
-        },
-        "share_from_either_end": {
-            "mean": statistics.fmean(turned) if turned else None,
-            "min": min(turned, default=None),
-            "num_below": sum(share < 1 for share in turned),
-            "num_rated": len(turned),
         },
         "num_keeping_more_than_ours": sum(_kept(problem, name) > _kept(problem, "lading") for problem in feasible),
         "share_of_bound": {
@@ -102,7 +91,7 @@ def _complaints(problem: Any, planners: Sequence[str]) -> Iterator[dict[str, str
         elif finding is None:
             reasons += ["refused, though there is a plan"] if best.kept_bytes >= 0 and best.is_decided else []
         else:
-            kept = finding.kept_bytes
+            kept = _held(finding)
             reasons += finding.faults
             if name == "lading" and best.kept_bytes < 0:
                 reasons.append("a plan where none was thought to exist")
@@ -151,8 +140,13 @@ def _is_valid(outcome: Any) -> bool:
 
 def _kept(problem: Any, name: str) -> int:
     outcome = problem.outcomes[name]
-    kept: int = outcome.finding.kept_bytes if _is_valid(outcome) else 0
-    return kept
+    return _held(outcome.finding) if _is_valid(outcome) else 0
+
+
+def _held(finding: Any) -> int:
+    """Give what a map keeps, with what it sends along by name but whose room stays with the model."""
+    held: int = finding.kept_bytes + finding.aside_bytes if finding.kept_bytes else 0
+    return held
 
 
 def _share(problem: Any, name: str) -> float:

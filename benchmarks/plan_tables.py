@@ -40,7 +40,7 @@ def _render_head(record: Mapping[str, Any]) -> str:
 def _render_quality(record: Mapping[str, Any]) -> str:
     rows = []
     for name, found in record["quality"].items():
-        share, bound, turned = (found[f"share_{of}"] for of in ("of_optimum", "of_bound", "from_either_end"))
+        share, bound = found["share_of_optimum"], found["share_of_bound"]
         rows.append(
             [
                 record["titles"][name],
@@ -53,7 +53,6 @@ def _render_quality(record: Mapping[str, Any]) -> str:
                 f"{share['num_reached']:,} of {share['num_rated']:,}",
                 f"{found['num_kept_whole']:,} of {record['num_that_fit']:,}",
                 f"{_number(bound['mean'], 5)} / {_number(bound['min'], 4)}",
-                f"{_number(turned['mean'], 4)} / {_number(turned['min'], 3)}",
                 f"{found['num_keeping_more_than_ours']:,}",
             ]
         )
@@ -66,7 +65,7 @@ def _render_quality(record: Mapping[str, Any]) -> str:
     ]
     head += ["of valid plans", "least", "optimum reached", "kept entirely where it fits"]
     head += ["share of its bound, mean / least"]
-    head += ["share of the optimum with the main device at either end, mean / least", "keeps more than lading.plan"]
+    head += ["keeps more than lading.plan"]
     return "## Quality\n\n" + _table(head, rows)
 
 

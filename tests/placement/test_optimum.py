@@ -6,12 +6,22 @@ import dataclasses
 from itertools import pairwise
 
 import pytest
-from brute_force import best_contiguous, first_cover, is_valid, problems, used_bytes, value_of, with_capacities
+from brute_force import (
+    all_homes,
+    best_contiguous,
+    first_cover,
+    is_valid,
+    problems,
+    used_bytes,
+    value_of,
+    with_capacities,
+)
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from lading.placement.feasible import can_keep_some, least_as_main
 from lading.placement.optimum import Problem, Solution, cover, prefix_sums
-from lading.placement.streaming import can_keep_some, keep_most
+from lading.placement.streaming import keep_most
 
 
 def problem_of(weights: list[int], capacities: list[int], **others: object) -> Problem:
@@ -59,6 +69,32 @@ def test_can_keep_some_small_problems_says_whether_there_is_any_placement(proble
     assume(do_not_fit(problem))
 
     assert can_keep_some(problem) == (best_contiguous(problem) is not None)
+
+
+@given(problems(), st.lists(st.integers(0, 9), min_size=8, max_size=8), st.integers(0, 40))
+def test_can_keep_some_many_fixed_bytes_says_whether_there_is_any_placement(problem, fixed, more):
+    fixed = [*fixed, *[0] * len(problem.weights)][: len(problem.weights)]
+    capacities = [capacity + more for capacity in problem.capacities]
+    problem = dataclasses.replace(problem, fixed=fixed, capacities=capacities)
+    assume(do_not_fit(problem))
+
+    assert can_keep_some(problem) == (best_contiguous(problem) is not None)
+
+
+@given(problems(), st.integers(0, 2))
+def test_least_as_main_is_the_least_that_a_placement_takes_of_it(problem, main):
+    """Where all is resident, room for the smallest block is kept as if it were streamed."""
+    main = min(main, len(problem.capacities) - 1)
+    roomy = with_capacities(
+        problem, [sum(problem.totals) * 4 if at == main else c for at, c in enumerate(problem.capacities)]
+    )
+    needs = [
+        used_bytes(problem, homes, main)[main] + (None not in homes) * problem.num_copies * min(problem.rooms)
+        for homes in all_homes(problem)
+        if is_valid(roomy, homes, main)
+    ]
+
+    assert least_as_main(problem, main) == min(needs, default=None)
 
 
 @given(problems(), st.lists(st.integers(0, 9), min_size=8, max_size=8), st.integers(0, 40))

@@ -747,13 +747,16 @@ def test_warning_of_few_bytes_missing_names_them():
     st.integers(0, 60),
     st.integers(0, 60) | st.none(),
     st.sampled_from(RUNTIMES),
+    st.sampled_from(["contiguous", "sequential", "balanced"]),
+    st.integers(0, 5),
 )
-def test_refusal_names_bytes_that_would_do_and_no_byte_too_many(sizes, rooms, host, disk, runtime):
+def test_refusal_names_bytes_that_would_do_and_no_byte_too_many(sizes, rooms, host, disk, runtime, strategy, margin):
+    how: dict[str, Any] = {"runtime": runtime, "strategy": strategy, "overhead": {"margin": margin}}
     blocks = tuple(block(f"b{i}", weight, buffers=buffers) for i, (weight, buffers) in enumerate(sizes))
     memory: Memory = {**dict(enumerate(rooms)), "cpu": host, **({} if disk is None else {"disk": disk})}
 
     def plan(with_memory: Memory) -> Plan:
-        return make_plan(Request(blocks=blocks, budget=budget_of(with_memory), runtime=runtime))
+        return make_plan(Request(blocks=blocks, budget=budget_of(with_memory), **how))
 
     try:
         plan(memory)

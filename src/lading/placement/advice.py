@@ -42,6 +42,19 @@ def few_missing_for_all(problem: Problem) -> tuple[int, int] | None:
     return index, more
 
 
+def got_nothing(device: Device, need: int, size: int) -> str:
+    """Say how large an accelerator without a block would have to be to hold one."""
+    return (
+        f"device {device!r} got nothing: with {need:,} bytes ({format_bytes(need)}) it would hold a block, "
+        f"it has {size:,}"
+    )
+
+
+def would_fit(what: str, more: int, device: Device) -> str:
+    """Say how few bytes would keep everything resident."""
+    return f"{what}: with {more:,} bytes ({format_bytes(more)}) more on device {device!r} every block would be resident"
+
+
 def no_room(blocks: Sequence[Block], budget: Budget, missing: Mapping[Device, int]) -> str:
     """Say that a model cannot be placed, and for each device how many bytes more there would do.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -53,18 +53,51 @@ def likely_needs(problem: Problem) -> list[int]:
     return sorted({need for kept, total, room in _by_room(problem) for need in (kept + fixed + room, total)})
 
 
+def likely_needs_before(problem: Problem, at_home: Sequence[int], most_streamed: int, device: int) -> list[int]:
+    """List budgets one of which is often the least for one accelerator, where few bytes can be streamed.
+
+    For each size of the largest streamed block: the lightest run that leaves no more than that, alone; and what is left
+    for this accelerator if the others are full.
+
+    Args:
+        problem: with any budget for this accelerator.
+        at_home: what each block takes where it is streamed from.
+        most_streamed: how much of that there is room for.
+        device: which accelerator.
+    """
+    weights, sizes, fixed = prefix_sums(problem.weights), prefix_sums(at_home), sum(problem.fixed)
+    others = sum(problem.capacities) - problem.capacities[device]
+    needs = set()
+    for first, last, room in _musts(problem):
+        found = [
+            weights[end] - weights[start]
+            for start in range(min(first, len(problem.weights) - 1) + 1)
+            for end in [max(last, start + 1, bisect_left(sizes, sizes[-1] - most_streamed + sizes[start]))]
+            if end < len(sizes)
+        ]
+        for lightest in [min(filter(None, found), default=0)]:
+            needs |= {lightest + fixed + room, max(0, sizes[-1] - most_streamed + fixed + room - others)}
+    return sorted(needs)
+
+
 def _by_room(problem: Problem) -> Iterator[tuple[int, int, int]]:
     """Yield for each size of the largest streamed block: weights kept, their run's total bytes, room for fetching."""
     weights, totals = prefix_sums(problem.weights), prefix_sums(problem.totals)
+    smallest = min((weight for weight in problem.weights if weight), default=0)
+    for first, last, room in _musts(problem):
+        kept = (weights[last] - weights[first], totals[last] - totals[first]) if last else (smallest, smallest)
+        yield *kept, room
+
+
+def _musts(problem: Problem) -> Iterator[tuple[int, int, int]]:
+    """Yield for each size of the largest streamed block: where what is larger begins and ends, room for fetching."""
     by_room = sorted(range(len(problem.rooms)), key=lambda block: -problem.rooms[block])
     first, last, position = len(by_room), 0, 0
-    smallest = min((weight for weight in problem.weights if weight), default=0)
     for room in sorted(set(problem.rooms), reverse=True):
         while position < len(by_room) and problem.rooms[by_room[position]] > room:
             first, last = min(first, by_room[position]), max(last, by_room[position] + 1)
             position += 1
-        kept = (weights[last] - weights[first], totals[last] - totals[first]) if position else (smallest, smallest)
-        yield *kept, problem.num_copies * room
+        yield first, last, problem.num_copies * room
 
 
 def least(suffices: Callable[[int], bool], low: int, high: int, guesses: Sequence[int] = ()) -> int:

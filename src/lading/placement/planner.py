@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from lading.errors import PlanError, refusal
-from lading.placement import advice, packing
+from lading.placement import advice
 from lading.placement.blocks import Block
 from lading.placement.budget import Budget, Device
-from lading.placement.minimum import least, least_useful, leveled, likely_needs
+from lading.placement.feasible import can_keep_some, least_as_main
+from lading.placement.homes import Homes, LeastRoom
+from lading.placement.minimum import least, least_useful, leveled, likely_needs, likely_needs_before
 from lading.placement.optimum import Problem, Solution, cover
 from lading.placement.plan import DeviceUse, Placement, Plan
 from lading.placement.prediction import Speeds, predict
-from lading.placement.streaming import can_keep_some, keep_most
+from lading.placement.streaming import fill_main, keep_most
 from lading.units import format_bytes
 
 STRATEGIES = ("contiguous", "any", "balanced", "sequential")
@@ -55,9 +56,7 @@ class _Stage:
     """Where a model could run: the devices that may keep blocks, and the tiers behind them."""
 
     devices: tuple[Device, ...]
-    host_bytes: int
-    """What streamed blocks may take of host memory; 0 where the CPU runs the model itself."""
-    disk_bytes: int | None
+    homes: Homes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +97,8 @@ class _Planner:
             for block, weight, more in zip(self._blocks, self._weights, extra, strict=True)
         ]
         self._at_home = [
-            block.weight_bytes + block.buffer_bytes + (block.pinned_bytes if block.weight_bytes else 0)
-            for block in self._blocks
+            block.weight_bytes + block.buffer_bytes + (block.pinned_bytes if block.weight_bytes else 0) if weight else 0
+            for block, weight in zip(self._blocks, self._weights, strict=True)
         ]
 
     def plan(self) -> Plan:
@@ -112,35 +111,84 @@ class _Planner:
     def _search(self) -> _Answer | None:
         return next(filter(None, (self._solve(stage) for stage in self._stages() if stage.devices)), None)
 
-    def _with(self, device: Device, size: int) -> _Answer | None:
-        """Search again as if one device had another budget."""
+    def _with(self, device: Device, size: int) -> _Planner:
+        """Ask again as if one device had another budget."""
         contiguous = "contiguous" if self._request.strategy == "any" else self._request.strategy
         budget = self._budget.with_device(device, size)
-        return _Planner(dataclasses.replace(self._request, budget=budget, strategy=contiguous))._search()
+        return _Planner(dataclasses.replace(self._request, budget=budget, strategy=contiguous))
 
     def _missing(self) -> dict[Device, int]:
         """Find for each device on which more would do how many bytes more it takes."""
-        sizes = self._budget.sizes()
-        high = 3 * sum(self._at_home) + sum(self._fixed) + self._overhead + 1
+        accelerators, cpu = self._stages()
         missing = {}
-        for device, size in sizes.items():
-            if size is not None and self._with(device, size + high) is not None:
-
-                def works(more: int, device: Device = device, size: int = size) -> bool:
-                    return self._with(device, size + more) is not None
-
-                missing[device] = least(works, 1, high)
+        for device, size in self._budget.sizes().items():
+            needs: list[int | None] = []
+            if device not in ("cpu", "disk"):
+                needs.append(self._least_to_run(0, device))
+            elif size is not None:
+                needs.append(self._least_behind(accelerators, device))
+                needs.append(self._least_to_run(1, device) if device == "cpu" else self._least_behind(cpu, device))
+            known = [need for need in needs if need is not None]
+            if known and size is not None:
+                missing[device] = min(known) - size
         return missing
+
+    def _least_behind(self, stage: _Stage, device: Device) -> int | None:
+        """Find how large host memory or the disk must be for what one of the best placements streams; None for none."""
+        if stage.homes.disk_bytes is None or not stage.devices:
+            return None
+        room = LeastRoom(stage.homes, of_disk=device == "disk")
+        for num_copies in self._numbers_of_copies:
+            keep_most(self._problem(stage, num_copies), room.refuse)
+        return room.least
+
+    def _least_to_run(self, index: int, device: Device, known: Collection[int | None] = ()) -> int | None:
+        """Find the least budget of a device with which a stage runs the model; that of others may be it too."""
+        high = sum(self._weights) + sum(self._fixed) + self._overhead
+        if not self._blocks or not high:
+            return None
+        planner = self._with(device, high)
+        stage = planner._stages()[index]
+        problem, homes, at = planner._problem(stage, 1), stage.homes, stage.devices.index(device)
+        if homes.most_bytes is None:
+            alone = least_as_main(problem, at)
+            high = high if alone is None else min(high, alone + self._overhead)
+            likely = likely_needs(problem)
+        else:
+            likely = likely_needs_before(problem, homes.sizes, homes.most_bytes, at)
+
+        def runs(size: int) -> bool:
+            return self._with(device, size)._can_run(index)
+
+        for need in known:
+            if need is not None and need < high and runs(need):
+                high = need
+        if homes.most_bytes is None and not runs(high - 1):
+            return high
+        return least(runs, 1, high, sorted(need + self._overhead for need in likely))
+
+    def _can_run(self, index: int) -> bool:
+        """Say whether a stage can keep a block, and place all others."""
+        stage = self._stages()[index]
+        if stage.homes.disk_bytes is not None:
+            return bool(stage.devices) and self._solve(stage) is not None
+        problem = self._problem(stage, 1)
+        return bool(self._blocks) and (can_keep_some(problem) or _covered(problem, problem.capacities) is not None)
 
     def _stages(self) -> tuple[_Stage, _Stage]:
         """Name the accelerators with host memory and the disk behind them, and the CPU with the disk behind it."""
-        host_bytes, disk_bytes = self._budget.host_bytes, self._budget.disk_bytes
         usable = [device for device, size in self._budget.accelerators.items() if size and size >= self._overhead]
         if self._request.runtime == "accelerate":  # it runs what is offloaded on the lowest number used
             usable.sort(key=lambda device: (isinstance(device, str), device))
-        accelerators = _Stage(devices=tuple(usable), host_bytes=host_bytes, disk_bytes=disk_bytes)
-        cpu: tuple[Device, ...] = ("cpu",) if host_bytes >= self._overhead else ()
-        return accelerators, _Stage(devices=cpu, host_bytes=0, disk_bytes=disk_bytes)
+        homes = Homes(
+            sizes=self._at_home,
+            are_fetched=[not block.is_lookup or self._request.runtime == "accelerate" for block in self._blocks],
+            host_bytes=self._budget.host_bytes,
+            disk_bytes=self._budget.disk_bytes,
+        )
+        cpu: tuple[Device, ...] = ("cpu",) if homes.host_bytes >= self._overhead else ()
+        behind_cpu = dataclasses.replace(homes, host_bytes=0)
+        return _Stage(devices=tuple(usable), homes=homes), _Stage(devices=cpu, homes=behind_cpu)
 
     def _problem(self, stage: _Stage, num_copies: int) -> Problem:
         request = self._request
@@ -173,15 +221,17 @@ class _Planner:
         if resident is not None:
             main = 0 if not resident else min(resident) if problem.main_is_first_used else resident[0]
             return self._answer(stage, problem, Solution(homes=tuple(resident), main=main, value=0))
-        # two copies let one block be fetched while another runs; one, if nothing else will do
-        for num_copies in (2, 1) if self._request.runtime == "lading" else (1,):
+        homes = stage.homes
+        for num_copies in self._numbers_of_copies:
             problem = self._problem(stage, num_copies)
-            found = keep_most(problem, None if stage.disk_bytes is None else partial(self._has_homes, stage))
-            filled = None if found is None else self._filled(problem, found)
+            accept = None if homes.disk_bytes is None else homes.suffice
+            above = homes.least_kept(problem.weights) - 1 if problem.values is problem.weights else -1
+            found = keep_most(problem, accept, above=above)
+            filled = None if found is None else fill_main(problem, found)
             if self._request.strategy == "any":
                 answer = self._solve_any(stage, problem, filled)
             else:
-                answer = self._answer(stage, problem, filled)
+                answer = self._answer(stage, problem, filled) or self._answer(stage, problem, found)
             if answer is not None:
                 return answer
         return None
@@ -195,52 +245,17 @@ class _Planner:
         answer = self._answer(stage, problem, found[0]) or self._answer(stage, problem, start)
         return None if answer is None else dataclasses.replace(answer, solver_bound=found[1])
 
-    def _filled(self, problem: Problem, solution: Solution) -> Solution:
-        """Fill what is left of the main device with streamed blocks: they run there anyway, so no change is added."""
-        homes, main = list(solution.homes), solution.main
-        while not problem.in_listed_order:
-            streamed = [home is None for home in homes]
-            away = [weight if each else 0 for weight, each in zip(problem.weights, streamed, strict=True)]
-            room = max((room for room, each in zip(problem.rooms, streamed, strict=True) if each), default=0)
-            here = [home in (None, main) for home in homes]
-            taken = sum(total for total, each in zip(problem.totals, here, strict=True) if each) - sum(away)
-            left = problem.capacities[main] - taken - problem.num_copies * room
-            worth = [value if each else 0 for value, each in zip(problem.values, streamed, strict=True)]
-            chosen = packing.choose_by_worth(worth, away, left)
-            if not any(size and each for size, each in zip(away, chosen, strict=True)):
-                return dataclasses.replace(solution, homes=tuple(homes))
-            homes = [main if size and each else home for home, size, each in zip(homes, away, chosen, strict=True)]
-        return solution
-
     def _answer(self, stage: _Stage, problem: Problem, solution: Solution | None) -> _Answer | None:
         """Give what is streamed a home in host memory or on disk; None where these are too small."""
-        in_host = None if solution is None else self._pack(stage, solution)
+        in_host = None if solution is None else stage.homes.pack(solution)
         if solution is None or in_host is None:
             return None
         return _Answer(stage=stage, problem=problem, homes=solution.homes, main=solution.main, in_host=tuple(in_host))
 
-    def _pack(self, stage: _Stage, solution: Solution) -> list[bool] | None:
-        streamed = self._streamed(solution)
-        least_in_host = 0 if stage.disk_bytes is None else max(0, sum(streamed) - stage.disk_bytes)
-        if least_in_host > stage.host_bytes:
-            return None
-        is_fetched = [not block.is_lookup or self._request.runtime == "accelerate" for block in self._blocks]
-        near = packing.choose_by_worth(is_fetched, streamed, stage.host_bytes)  # fetched blocks gain most by being near
-        if sum(size for size, chosen in zip(streamed, near, strict=True) if chosen) >= least_in_host:
-            return near
-        return packing.choose(streamed, stage.host_bytes, least_in_host)
-
-    def _streamed(self, solution: Solution) -> list[int]:
-        return [
-            size if home is None and weight else 0
-            for size, home, weight in zip(self._at_home, solution.homes, self._weights, strict=True)
-        ]
-
-    def _has_homes(self, stage: _Stage, solution: Solution) -> bool:
-        streamed, disk_bytes = self._streamed(solution), stage.disk_bytes
-        if disk_bytes is None or packing.fit_simply(streamed, stage.host_bytes, disk_bytes):
-            return True
-        return sum(streamed) <= stage.host_bytes + disk_bytes and self._pack(stage, solution) is not None
+    @property
+    def _numbers_of_copies(self) -> tuple[int, ...]:
+        """Two copies let one block be fetched while another runs; one, if nothing else will do."""
+        return (2, 1) if self._request.runtime == "lading" else (1,)
 
     def _write(self, answer: _Answer) -> Plan:
         request, stage, blocks = self._request, answer.stage, self._blocks
@@ -349,18 +364,11 @@ class _Planner:
                 needs[alike] = self._least_to_be_used(device, problem, on_cpu=on_cpu, known=needs.values())
             need = needs[alike]
             if need is not None:
-                written.append(
-                    f"device {device!r} got nothing: with {need:,} bytes ({format_bytes(need)}) it would hold a block, "
-                    f"it has {size:,}"
-                )
+                written.append(advice.got_nothing(device, need, size))
         few = advice.few_missing_for_all(problem)
         if few is not None:
-            index, more = few
             what = "the model runs on the CPU" if on_cpu else f"{format_bytes(away)} are streamed"
-            written.append(
-                f"{what}: with {more:,} bytes ({format_bytes(more)}) more on device {stage.devices[index]!r} every "
-                "block would be resident"
-            )
+            written.append(advice.would_fit(what, few[1], stage.devices[few[0]]))
         return written
 
     def _least_to_be_used(
@@ -369,22 +377,16 @@ class _Planner:
         """Find the least budget with which an accelerator that got nothing would hold a block; None for none."""
 
         def is_used(size: int) -> bool:
-            if on_cpu and self._budget.disk_bytes is None:  # any plan with accelerators uses it: without it is none
-                return self._can_use_accelerators(device, size)
-            answer = self._with(device, size)
+            answer = self._with(device, size)._search()
             homes = () if answer is None else answer.homes
             return answer is not None and device in {answer.stage.devices[home] for home in homes if home is not None}
 
+        if on_cpu and self._budget.disk_bytes is None:  # any plan with accelerators uses it: without it is none
+            return self._least_to_run(0, device, known)
         size = self._budget.accelerators[device]
         high = max(size, least_useful(problem) + self._overhead)
         likely = {need + self._overhead for need in likely_needs(problem)} | {need for need in known if need}
         return least(is_used, size, high, sorted(likely)) if is_used(high) else None
-
-    def _can_use_accelerators(self, device: Device, size: int) -> bool:
-        """Say whether accelerators could keep a block if one had another budget."""
-        planner = _Planner(dataclasses.replace(self._request, budget=self._budget.with_device(device, size)))
-        problem = planner._problem(planner._stages()[0], 1)
-        return bool(self._blocks) and (can_keep_some(problem) or _covered(problem, problem.capacities) is not None)
 
 
 def _covered(problem: Problem, capacities: Sequence[int]) -> list[int] | None:

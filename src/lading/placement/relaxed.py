@@ -26,7 +26,7 @@ class Sums:
         """Above every value; below nothing, negated."""
         self._dtype: Any = np.int64 if 2 * (num_blocks + 2) * self.bar < _LARGEST else object
         self.values = np.array(prefix_sums(problem.values), dtype=self._dtype)
-        self._weights = np.array(prefix_sums(problem.weights), dtype=self._dtype)
+        self.weights = np.array(prefix_sums(problem.weights), dtype=self._dtype)
         sums = np.array(prefix_sums(totals), dtype=self._dtype)
         self.rooms = np.array(problem.rooms, dtype=self._dtype)
         self.ends = [self._ends(sums, capacity) for capacity in order.kinds]
@@ -34,11 +34,12 @@ class Sums:
 
     def ends_within(self, limit: int) -> Any:
         """Find for each start the end of the longest run whose weights stay within a limit."""
-        return self._ends(self._weights, limit)
+        return self._ends(self.weights, limit)
 
     def lift(self, may_stream: Any) -> Any:
         """Give numbers that grow, towards the start, at each block that must be resident."""
-        must = np.append(np.cumsum(~may_stream[::-1])[::-1], 0)
+        must = np.zeros((*may_stream.shape[:-1], may_stream.shape[-1] + 1), dtype=np.int64)
+        must[..., :-1] = np.cumsum(~may_stream[..., ::-1], axis=-1)[..., ::-1]
         return must.astype(self._dtype) * (2 * self.bar)
 
     def _ends(self, sums: Any, limit: int) -> Any:
@@ -46,7 +47,7 @@ class Sums:
 
 
 class Suffixes:
-    """Bound every suffix, for one size of the largest streamed block. One thread."""
+    """Bound every suffix, for one size of the largest streamed block, or for several in rows. One thread."""
 
     def __init__(self, sums: Sums, order: Order, may_stream: Any) -> None:
         self._sums = sums
@@ -59,10 +60,10 @@ class Suffixes:
         """Give the most value of each suffix with these accelerators, none of them the main one; negative: none."""
         if left not in self._plain:
             sums = self._sums
-            best = np.full(len(sums.values), -sums.bar, dtype=sums.values.dtype)
-            best[-1] = 0
+            best = np.full(self._lift.shape, -sums.bar, dtype=sums.values.dtype)
+            best[..., -1] = 0
             for kind, rest in self._order.next(left):
-                best = np.maximum(best, sums.gains[kind] + self.plain(rest)[sums.ends[kind]])
+                best = np.maximum(best, sums.gains[kind] + self.plain(rest)[..., sums.ends[kind]])
             self._plain[left] = self.streamed(best)
         return self._plain[left]
 
@@ -75,7 +76,7 @@ class Suffixes:
     def streamed(self, best: Any) -> Any:
         """Let each suffix also begin with blocks that are streamed, up to one that must not be."""
         lifted = np.maximum(best, -self._sums.bar) + self._lift
-        return np.maximum.accumulate(lifted[::-1])[::-1] - self._lift
+        return np.maximum.accumulate(lifted[..., ::-1], axis=-1)[..., ::-1] - self._lift
 
 
 class MainSuffixes:

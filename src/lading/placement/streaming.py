@@ -23,8 +23,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+from lading.placement import packing
 from lading.placement.optimum import Left, Order, Problem, Solution, prefix_sums
 from lading.placement.relaxed import MainSuffixes, Suffixes, Sums
 
@@ -58,13 +60,22 @@ def keep_most(
     return search.best
 
 
-def can_keep_some(problem: Problem) -> bool:
-    """Say whether `keep_most` would keep anything, as soon as that is known."""
-    search = _Search(problem, None, -1)
-    search.is_any_enough = True
-    for room in search.rooms():
-        search.try_room(room)
-    return search.best is not None
+def fill_main(problem: Problem, solution: Solution) -> Solution:
+    """Fill what is left of the main device with streamed blocks: they run there anyway, so no change is added."""
+    homes, main = list(solution.homes), solution.main
+    while not problem.in_listed_order:
+        streamed = [home is None for home in homes]
+        away = [weight if each else 0 for weight, each in zip(problem.weights, streamed, strict=True)]
+        room = max((room for room, each in zip(problem.rooms, streamed, strict=True) if each), default=0)
+        here = [home in (None, main) for home in homes]
+        taken = sum(total for total, each in zip(problem.totals, here, strict=True) if each) - sum(away)
+        left = problem.capacities[main] - taken - problem.num_copies * room
+        worth = [value if each else 0 for value, each in zip(problem.values, streamed, strict=True)]
+        chosen = packing.choose_by_worth(worth, away, left)
+        if not any(size and each for size, each in zip(away, chosen, strict=True)):
+            return replace(solution, homes=tuple(homes))
+        homes = [main if size and each else home for home, size, each in zip(homes, away, chosen, strict=True)]
+    return solution
 
 
 class _Search:
@@ -83,7 +94,6 @@ class _Search:
         self.best: Solution | None = None
         self.best_value = above
         """The value found so far, or that is known already."""
-        self.is_any_enough = False
 
     def rooms(self) -> Iterator[int]:
         """Yield each size that the largest streamed block may have, while it can still lead to something better."""
@@ -140,7 +150,7 @@ class _Search:
         """Take a solution that is worth more than what is known, if what it streams finds a home."""
         found = self._solution(value, runs, main)
         if self._accept is None or self._accept(found):
-            self.best, self.best_value = found, self.sums.bar if self.is_any_enough else value
+            self.best, self.best_value = found, value
             return True
         return False
 
