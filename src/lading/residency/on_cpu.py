@@ -68,6 +68,7 @@ class OnCpu:
             expect_anything(span)
         self._spill.restore()
         self._mover.close()
+        self._reader.close()
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning."""

@@ -196,6 +196,7 @@ class OnDevice:
         while self._state_hooks:
             self._state_hooks.pop().remove()
         self._mover.close()
+        self._reader.close()
         while self._arenas:
             self._transfer.unpin(self._arenas.pop())
         self._bring_back()

@@ -82,6 +82,10 @@ class Reader:
             self.cold_s += seconds
             self._note(way, span.num_bytes, seconds)
 
+    def close(self) -> None:
+        """Give back what it keeps open."""
+        self._delivered.close()
+
     def _choose(self) -> str:
         if not self._can_populate:
             return "willneed+pread"
@@ -142,7 +146,7 @@ class _Delivered:
         """Count since the last call by the same thread, 0 at its first; None where the kernel does not count."""
         asker = os.getpid(), threading.get_ident()
         if asker != self._asker:
-            self._close()
+            self.close()
             try:
                 self._descriptor = os.open("/proc/thread-self/io", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
@@ -159,16 +163,20 @@ class _Delivered:
     def _count(self) -> int | None:
         if self._descriptor < 0:
             return None
-        fields = os.pread(self._descriptor, 512, 0).split()
+        try:
+            fields = os.pread(self._descriptor, 512, 0).split()
+        except OSError:  # the thread is gone, another has its number
+            return None
         return int(fields[fields.index(b"read_bytes:") + 1])
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give the descriptor back."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor, self._asker = -1, None
 
     def __del__(self) -> None:
-        self._close()
+        self.close()
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:
