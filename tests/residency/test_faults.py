@@ -39,9 +39,9 @@ def own_file(chain_file: Path, tmp_path: Path) -> Path:
 def check_repaired(model: nn.Module, residency: Residency, x: torch.Tensor, expected: torch.Tensor) -> None:
     schedule = residency._parts.schedule
     with residency.editing():
-        assert not schedule._visits
-        assert not schedule._tickets
-        assert not any(schedule._leases)
+        assert not schedule._ledger.visits
+        assert not schedule._ledger.tickets
+        assert not any(schedule._ledger.leases)
     assert torch.equal(model(x), expected)
 
 
@@ -102,7 +102,7 @@ def test_a_signal_while_a_block_is_awaited_is_repaired(mapped_chain, x):
             schedule = residency._parts.schedule
             while True:
                 with schedule._lock:
-                    if any(ticket.block == 2 for ticket in schedule._tickets):
+                    if any(ticket.block == 2 for ticket in schedule._ledger.tickets):
                         break
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from crowd import PATIENCE_S, run_together
@@ -17,7 +18,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lading.errors import ResidencyError
-from lading.residency.schedule import Schedule, State, Visit
+from lading.residency import choice, ledger, visits, worker
+from lading.residency import schedule as schedule_module
+from lading.residency.forks import Forks
+from lading.residency.moving import State
+from lading.residency.schedule import Schedule
+from lading.residency.visits import Visit
 
 
 class OopsError(Exception):
@@ -27,7 +33,7 @@ class OopsError(Exception):
 @contextmanager
 def visiting(schedule: Schedule, door: object = "root", blocks: range | None = None) -> Iterator[Visit]:
     """Stand for what the hooks of a root module do; the order is learned where nothing is raised."""
-    visit = schedule.begin(door, frozenset(blocks if blocks is not None else range(len(schedule._sizes))))
+    visit = schedule.begin(door, frozenset(blocks if blocks is not None else range(len(schedule._ledger.sizes))))
     is_complete = False
     try:
         yield visit
@@ -57,14 +63,14 @@ def check_idle(schedule: Schedule, mover: FakeMover, room: object) -> None:
     settle(schedule)
     assert mover.wrong == []
     assert not mover.inside
-    assert not any(schedule._leases)
-    assert not schedule._tickets
-    assert not schedule._visits
+    assert not any(schedule._ledger.leases)
+    assert not schedule._ledger.tickets
+    assert not schedule._ledger.visits
     assert room.lent_bytes == 0
     if mover.makes_copies:  # a stale copy is forgotten by the schedule alone
-        mover.present &= {block for block, state in enumerate(schedule._states) if state is State.RESIDENT}
-    assert {block for block, state in enumerate(schedule._states) if state is State.RESIDENT} == mover.present
-    assert set(schedule._states) <= {State.RESIDENT, State.ABSENT}
+        mover.present &= {block for block, state in enumerate(schedule._ledger.states) if state is State.RESIDENT}
+    assert {block for block, state in enumerate(schedule._ledger.states) if state is State.RESIDENT} == mover.present
+    assert set(schedule._ledger.states) <= {State.RESIDENT, State.ABSENT}
     used = sum(mover.sizes[block] for block in mover.present)
     assert room.used_bytes == used + room.kept_bytes
     assert schedule.counts.peak_bytes <= mover.capacity
@@ -163,7 +169,7 @@ def test_a_failing_fetch_reaches_every_waiter_and_the_next_entry_tries_again():
 
     def open_when_all_wait() -> None:
         with schedule._lock:
-            schedule._change.wait_for(lambda: len(schedule._tickets) == 4, PATIENCE_S)
+            schedule._change.wait_for(lambda: len(schedule._ledger.tickets) == 4, PATIENCE_S)
         all_wait.set()
 
     def watched_wake(wake: Callable[[], None] = schedule._wake) -> None:
@@ -326,7 +332,7 @@ def test_a_visit_does_not_begin_while_an_eviction_runs():
     schedule, mover, _ = make_schedule([1, 1], 1)
     evicting, go_on = threading.Event(), threading.Event()
     begun_while = []
-    mover.on_begin = lambda: begun_while.append(State.EVICTING in schedule._states)
+    mover.on_begin = lambda: begun_while.append(State.EVICTING in schedule._ledger.states)
     mover.on_evict = lambda block: (evicting.set(), go_on.wait(PATIENCE_S))
 
     def first() -> None:
@@ -338,7 +344,7 @@ def test_a_visit_does_not_begin_while_an_eviction_runs():
     def second() -> None:
         assert evicting.wait(PATIENCE_S)
         with schedule._lock:
-            schedule._change.wait_for(lambda: not schedule._visits, PATIENCE_S)
+            schedule._change.wait_for(lambda: not schedule._ledger.visits, PATIENCE_S)
         threading.Thread(target=go_on.set).start()
         with visiting(schedule):
             pass
@@ -391,7 +397,7 @@ def test_a_thread_that_holds_a_block_makes_way_in_time_for_another():
             with inside(schedule, visit, 0):
                 entered.set()
                 with schedule._lock:
-                    schedule._change.wait_for(lambda: schedule._tickets, 1)
+                    schedule._change.wait_for(lambda: schedule._ledger.tickets, 1)
             with inside(schedule, visit, 0):
                 pass
 
@@ -432,7 +438,7 @@ def test_editing_waits_for_who_is_inside_and_keeps_others_out():
         schedule._drain = drain_loudly
         with schedule.editing():
             late.start()
-            assert not schedule._visits
+            assert not schedule._ledger.visits
             events.append("edit")
         late.join(PATIENCE_S)
 
@@ -485,7 +491,7 @@ def test_close_waits_for_forwards_in_flight_which_go_on_to_be_served():
         with visiting(schedule, blocks=range(0)) as visit:
             with inside(schedule, visit, 0):
                 entered.set()
-                workers.append(schedule._worker)
+                workers.append(schedule._worker.thread)
                 assert closing.wait(PATIENCE_S)
             with inside(schedule, visit, 1):  # has to be fetched while the schedule closes
                 events.append("forward")
@@ -539,7 +545,7 @@ def test_without_a_thread_to_be_had_whoever_waits_fetches(monkeypatch, caplog):
 
 def test_an_interrupted_fetch_of_a_thread_that_fetches_by_itself_leaves_the_block_absent():
     schedule, mover, room = make_schedule([1], 1)
-    schedule._can_have_worker = False
+    schedule._worker.can_run = False
 
     def interrupt(block: int) -> None:
         raise KeyboardInterrupt
@@ -547,7 +553,7 @@ def test_an_interrupted_fetch_of_a_thread_that_fetches_by_itself_leaves_the_bloc
     mover.on_fetch = interrupt
     with pytest.raises(KeyboardInterrupt), visiting(schedule) as visit:
         schedule.enter(visit, 0)
-    assert schedule._states == [State.ABSENT]
+    assert schedule._ledger.states == [State.ABSENT]
     mover.on_fetch = lambda block: None
     run_program(schedule, mover, [[(0, "pass", [])]])
     check_idle(schedule, mover, room)
@@ -610,19 +616,20 @@ def test_a_thread_interrupted_anywhere_leaves_states_right(seed):
     schedule.close()
 
 
+_OURS = (choice, ledger, schedule_module, visits, worker)  # what runs under the schedule's lock
+
+
 def _is_ours(frame: object) -> bool:
-    return frame.f_code.co_filename.endswith("residency/schedule.py")
+    return frame.f_code.co_filename in {module.__file__ for module in _OURS}
 
 
-def _lines_without_locks() -> frozenset[int]:
+def _lines_without_locks() -> frozenset[tuple[str, int]]:
     """Leave out `with` and `try`: a trace raises there between lock and body, where no signal handler runs."""
-    from pathlib import Path
-
-    import lading.residency.schedule as module
-
-    text = Path(module.__file__).read_text().splitlines()
     return frozenset(
-        number for number, line in enumerate(text, 1) if "with self._lock" not in line and "try:" not in line
+        (module.__file__, number)
+        for module in _OURS
+        for number, line in enumerate(Path(module.__file__).read_text(encoding="utf-8").splitlines(), 1)
+        if "with self._lock" not in line and "try:" not in line
     )
 
 
@@ -632,7 +639,7 @@ def count_lines(function: Callable[[], object]) -> int:
 
     def trace(frame, event, _):
         nonlocal count
-        if event == "line" and frame.f_lineno in allowed:
+        if event == "line" and (frame.f_code.co_filename, frame.f_lineno) in allowed:
             count += 1
         return trace
 
@@ -652,7 +659,7 @@ def interrupting(line: int, kind: type[BaseException]) -> Iterator[None]:
 
     def trace(frame, event, _):
         nonlocal left
-        if event == "line" and frame.f_lineno in allowed:
+        if event == "line" and (frame.f_code.co_filename, frame.f_lineno) in allowed:
             left -= 1
             if left == -1:
                 sys.settrace(None)
@@ -698,9 +705,7 @@ def test_a_thread_that_waits_can_be_interrupted_from_outside():
 
 def test_threads_that_fork_at_once_block_nothing(monkeypatch):
     """The handlers of two forks may interleave: each must release what it acquired."""
-    from lading.residency import schedule as module
-
-    forks = module._Forks()
+    forks = Forks()
     schedules = [make_schedule([1], 1)[0] for _ in range(3)]
     for schedule in schedules:
         forks._live.add(schedule)
@@ -730,16 +735,16 @@ def test_a_child_goes_on_alone_with_what_its_own_thread_was_inside_of():
         with inside(schedule, visit, 0):
             assert run_together([other]) == []
             mover.present.discard(1)
-            schedule._wakes.put(False)
-            schedule._worker.join(PATIENCE_S)
-            schedule._restart_in_child()
+            schedule._worker._wakes.put(False)
+            schedule._worker.thread.join(PATIENCE_S)
+            schedule.restart_in_child()
             assert mover.inside == {0}
             with inside(schedule, visit, 2):
                 pass
             assert mover.inside == {0}
         with inside(schedule, visit, 1):
             pass
-    assert schedule._worker is None
+    assert schedule._worker.thread is None
     check_idle(schedule, mover, room)
     run_program(schedule, mover, [[(block, "pass", []) for block in range(3)]] * 2)
     check_idle(schedule, mover, room)

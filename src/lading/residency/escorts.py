@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lading.errors import ResidencyError, refusal
 from lading.residency.hooks import Arguments, Stay
-from lading.residency.schedule import Visit
+from lading.residency.visits import Visit
 
 
 def moved(nested: Any, device: torch.device) -> Any:

@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lading import compat
-from lading.residency.schedule import Schedule, Visit
+from lading.residency.schedule import Schedule
+from lading.residency.visits import Visit
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))  # noqa: PTH100, PTH120 - compared with names in frames
 _FORWARD_CODE = (os.path.join(_TORCH, "nn", "modules", ""), os.path.join(_TORCH, "_dynamo", ""))  # noqa: PTH118

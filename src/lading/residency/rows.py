@@ -19,8 +19,9 @@ from torch import nn
 from lading.checkpoint.pages import Span, merged
 from lading.residency.hooks import Arguments, Stay
 from lading.residency.mapped import MappedBlock, MappedMover
-from lading.residency.schedule import Schedule, Visit
+from lading.residency.schedule import Schedule
 from lading.residency.units import Unit
+from lading.residency.visits import Visit
 
 _AROUND_BYTES = 64 << 10
 _IDS = (torch.int32, torch.int64)
