@@ -103,7 +103,8 @@ class Schedule:
                 )
             if not self._ledger.visits:
                 self._start()
-            visit = Visit(door, self._orders.of(door, reachable))
+            is_repeated = door in self._orders.learned and not self._mover.makes_copies  # copies are stale by then
+            visit = Visit(door, self._orders.of(door, reachable), is_repeated=is_repeated)
             self._ledger.visits.append(visit)
             self._wake()
             return visit

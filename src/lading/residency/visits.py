@@ -14,11 +14,24 @@ from dataclasses import dataclass, field
 class Visit:
     """Follow one thread's outermost call into the model. Used by that thread; read under the schedule's lock."""
 
-    __slots__ = ("door", "expected", "held", "is_over", "leased", "lent_bytes", "position", "seen", "thread_id")
+    __slots__ = (
+        "door",
+        "expected",
+        "held",
+        "is_over",
+        "is_repeated",
+        "leased",
+        "lent_bytes",
+        "position",
+        "seen",
+        "thread_id",
+    )
 
-    def __init__(self, door: object, expected: tuple[int, ...]) -> None:
+    def __init__(self, door: object, expected: tuple[int, ...], *, is_repeated: bool = False) -> None:
         self.door = door
         self.expected = expected
+        self.is_repeated = is_repeated
+        """Whether it repeats an earlier one, so that it is likely to be repeated itself."""
         self.position = 0
         """How many of ``expected`` are behind us."""
         self.seen: list[int] = []
@@ -72,10 +85,14 @@ class Orders:
 def upcoming(visits: Sequence[Visit]) -> Iterator[int]:
     """Yield the blocks that visits will enter, the nearest of each visit first.
 
-    After the last comes the first again, for the next forward: else what it begins with would make way, and a cycle
-    through more blocks than there is room for would find none of them.
+    After the last of a repeated visit comes the first again, for the next forward: else what it begins with would make
+    way, and a cycle through more blocks than there is room for would find none of them. The first visit of all reads
+    nothing for one that may never come.
     """
-    ahead = [visit.expected[visit.position :] + visit.expected[: visit.position] for visit in visits]
+    ahead = [
+        visit.expected[visit.position :] + (visit.expected[: visit.position] if visit.is_repeated else ())
+        for visit in visits
+    ]
     for depth in range(max(map(len, ahead), default=0)):
         for blocks in ahead:
             if depth < len(blocks):
