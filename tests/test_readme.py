@@ -81,7 +81,7 @@ def test_readme_python_runs_in_order(readers_folder):
 
 def test_readme_console_commands_run(readers_folder, capsys):
     ours = [words[1:] for words in commands() if words[0] == "lading"]
-    assert {words[0] for words in ours} == {"inspect", "plan", "generate", "embed", "search"}
+    assert {words[0] for words in ours} == {"inspect", "plan", "generate", "embed", "capture", "search"}
     for words in ours:
         assert main(words) == 0, capsys.readouterr().err
     assert TEXTS[0] in capsys.readouterr().out

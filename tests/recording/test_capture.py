@@ -131,6 +131,9 @@ def test_tokens_reduce_dtype_and_sink_apply_before_anything_is_kept(net):
     assert torch.equal(kept(tokens="last", mask=torch.ones(2, 5)), last[:, -1])
     assert torch.equal(kept(reduce=lambda tensor: tensor.amax(dim=1)), last.amax(dim=1))
     assert kept(dtype=torch.bfloat16).dtype == torch.bfloat16
+    x[0, 4] = torch.nan  # padding may hold anything
+    assert torch.equal(kept(tokens="mean")[0], last[0, :3].mean(0))
+    x[0, 4] = x_of()[0, 4]
     given = {}
     with lading.capture(net, "layers.1", to=given.__setitem__) as seen:
         net(x)

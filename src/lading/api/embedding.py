@@ -6,17 +6,20 @@ The only place that knows both how a model is loaded and how texts are embedded.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lading.adapters.sentence_transformers import find_directory, load_tokenizer, read_embedding_model
+from lading.api.arguments import PathOrRepoId
+from lading.api.capturing import capture
 from lading.api.loading import load
 from lading.embed import embedder
-from lading.embed.batching import Batching, Tokenizer
+from lading.embed.batching import Batch, Batching, Tokenizer
 from lading.embed.settings import EmbedSettings
 from lading.errors import EmbedError, MissingTensorError, name_list, refusal
 
@@ -76,6 +79,46 @@ class Embedder(embedder.Embedder):
             tokenizer = load_tokenizer(files.directory, lowers_case=files.lowers_case)
         module = _load_encoder(name, files.subfolder, files.model_class, max_memory)
         super().__init__(module, tokenizer, settings or files.settings, batching, runner)
+
+
+def site_embedder(
+    path_or_repo_id: PathOrRepoId,
+    sites: str | Iterable[str],
+    pooling: str = "lasttoken",
+    *,
+    batching: Batching | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+) -> embedder.Embedder:
+    """Make an embedder whose vectors are what modules give: those of several sites one behind the other.
+
+    Args:
+        path_or_repo_id: a transformers model with its tokenizer, loaded as its configuration says, with its head.
+        sites: as for `capture`; each gives [texts, tokens, width] and is called once in a forward.
+        pooling: one of the pooling modes of `lading.embed.pooling`.
+        batching: None: the defaults.
+        max_memory: what weights may take, as for `lading.plan`; None: no limit.
+
+    Raises:
+        CaptureError: a site that stands for nothing, or is called several times.
+        CheckpointError: the model cannot be loaded.
+        PlanError: no placement keeps within ``max_memory``.
+    """
+    asked = [sites] if isinstance(sites, str) else list(sites)
+    place = None if max_memory is None else "auto"
+    model = load(path_or_repo_id, device_map=place, max_memory=max_memory)
+    capture(model, asked)  # refuses what is not there before texts are read
+    name = os.fspath(path_or_repo_id)
+    settings = EmbedSettings(model=f"{name} {' '.join(asked)}", pooling=(pooling,))
+    run_plainly = embedder.plain_runner(model)
+
+    def run(batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            with capture(model, asked) as seen:
+                for _ in run_plainly([batch]):
+                    pass
+            yield torch.cat([seen[site] for site in seen], dim=-1)
+
+    return embedder.Embedder(model, load_tokenizer(find_directory(name)), settings, batching, run)
 
 
 def _load_encoder(name: str, subfolder: str, model_class: str, max_memory: Mapping[Any, Any] | None) -> nn.Module:

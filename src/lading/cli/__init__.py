@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lading.cli import embed, generate, inspect, plan, search
+from lading.cli import capture, embed, generate, inspect, plan, search
 from lading.errors import LadingError
 
-_COMMANDS = (inspect, plan, generate, embed, search)
+_COMMANDS = (inspect, plan, generate, embed, search, capture)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,11 @@ from lading.cli.plan import parse_memory
 from lading.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lading.embed.batching import Batching
     from lading.embed.corpus import Corpus
+    from lading.embed.embedder import Embedder
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,10 +32,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Turn texts into vectors in a Lance dataset. Each window of rows is one commit: what is committed "
         "stays readable when the run is interrupted.",
     )
+    parser.add_argument("--model", required=True, help="model directory or repository")
+    parser.add_argument("--prompt-name", help="the model's prompt to put before every text")
+    add_store_arguments(parser)
+    parser.set_defaults(run=_run, parser=parser)
+
+
+def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that reads texts, runs a model and fills a store."""
     parser.add_argument(
         "texts", nargs="*", metavar="TEXTS", help="UTF-8 text or .jsonl files; none or -: standard input"
     )
-    parser.add_argument("--model", required=True, help="model directory or repository")
     parser.add_argument("--out", required=True, help="the store to make, as corpus.lance")
     parser.add_argument(
         "--split", choices=("line", "paragraph", "file"), default="line", help="what is one text in a text file"
@@ -41,7 +52,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--keep", nargs="+", action="extend", default=[], metavar="FIELD", help="fields to keep beside the text"
     )
-    parser.add_argument("--prompt-name", help="the model's prompt to put before every text")
     parser.add_argument(
         "--memory",
         help="what weights may take, such as cpu=2GiB; what does not fit streams (default: no limit)",
@@ -50,15 +60,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--window-rows", type=int, default=4096, help="texts per commit (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per batch (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
-    parser.set_defaults(run=_run, parser=parser)
 
 
 def _run(args: argparse.Namespace) -> int:
+    def make(batching: Batching, memory: dict[str, str] | None) -> Embedder:
+        from lading.api.embedding import Embedder as Maker
+
+        return Maker(args.model, batching=batching, max_memory=memory)
+
+    return fill_store(args, make, prompt_name=args.prompt_name)
+
+
+def fill_store(
+    args: argparse.Namespace,
+    make: Callable[[Batching, dict[str, str] | None], Embedder],
+    *,
+    prompt_name: str | None = None,
+) -> int:
+    """Embed the texts of a command line into its store and print what was done."""
     corpus = _read_corpus(args)
 
     from tqdm import tqdm
 
-    from lading.api.embedding import Embedder
     from lading.embed.batching import Batching
     from lading.embed.store import VectorStore
     from lading.errors import EmbedError, StoreError, refusal
@@ -71,11 +94,11 @@ def _run(args: argparse.Namespace) -> int:
             refusal(args.out, found=found, expected="a new path", way_out="choose another --out, or remove this one")
         )
     batching = Batching(window_rows=args.window_rows, max_batch_tokens=args.batch_tokens)
-    start_s = time.perf_counter()
     memory = None if args.memory is None else parse_memory(args.memory)
-    embedder = Embedder(args.model, batching=batching, max_memory=memory)
+    start_s = time.perf_counter()
+    embedder = make(batching, memory)
     loaded_s = time.perf_counter()
-    rows = embedder.stream(corpus.records(), prompt_name=args.prompt_name)
+    rows = embedder.stream(corpus.records(), prompt_name=prompt_name)
     try:
         with tqdm(rows, desc="embedding", unit=" texts", file=sys.stderr, disable=None) as bar:
             num_texts = store.extend(bar, window_rows=args.window_rows)

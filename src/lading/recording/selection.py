@@ -95,7 +95,7 @@ class Selection:
             return kept_BTD[torch.arange(len(kept_BTD), device=kept_BTD.device), last_B]
         weights = mask_BT.reshape(*mask_BT.shape, *[1] * (kept_BTD.dim() - 2))
         wide = torch.promote_types(kept_BTD.dtype, torch.float32)
-        total_BD = (kept_BTD.to(wide) * weights).sum(dim=1)
+        total_BD = kept_BTD.to(wide).masked_fill(~weights, 0).sum(dim=1)  # no product: padding may hold NaN
         return (total_BD / weights.sum(dim=1).clamp(min=1)).to(kept_BTD.dtype)
 
 
