@@ -10,7 +10,6 @@ import copy
 import gc
 import inspect
 import json
-import logging
 import pickle
 import threading
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate_nets import Small, quiet_accelerate  # noqa: F401 - a fixture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,29 +27,6 @@ from lading.adapters.accelerate import cpu_offload, disk_offload, dispatch_model
 from lading.residency.residency import Residency
 
 needs_accelerate = pytest.mark.needs("accelerate")
-
-
-@pytest.fixture(autouse=True)
-def quiet_accelerate():
-    """Keep accelerate's remarks about meta out of the report."""
-    log = logging.getLogger("accelerate.big_modeling")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    yield
-    log.setLevel(before)
-
-
-class Small(nn.Module):
-    """A linear layer, one with buffers, and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(3, 4)
-        self.batchnorm = nn.BatchNorm1d(4)
-        self.linear2 = nn.Linear(4, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear2(self.batchnorm(self.linear1(x)))
 
 
 class LinearWithNonPersistentBuffers(nn.Module):

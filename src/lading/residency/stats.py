@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lading.residency.moving import Counts
+from lading.residency.readers import Reader
 from lading.units import format_bytes
 
 
@@ -54,3 +56,31 @@ class ResidencyStats:
             f"{self.hits + self.waits} entries; at most {format_bytes(self.peak_bytes)} of "
             f"{format_bytes(self.capacity_bytes)} at once; {self.evictions} evictions"
         )
+
+
+def stats_of(  # noqa: PLR0913 - a record in parts
+    counts: Counts,
+    reader: Reader,
+    *,
+    resident_bytes: int,
+    capacity_bytes: int,
+    edited_bytes: int,
+    spilled_bytes: int,
+) -> ResidencyStats:
+    """Put a snapshot together."""
+    return ResidencyStats(
+        fetched_bytes=counts.fetched_bytes,
+        disk_bytes=reader.cold_bytes,
+        fetches=counts.fetches,
+        evictions=counts.evictions,
+        hits=counts.hits,
+        waits=counts.waits,
+        wait_s=counts.wait_s,
+        resident_bytes=resident_bytes,
+        peak_bytes=counts.peak_bytes,
+        capacity_bytes=capacity_bytes,
+        edited_bytes=edited_bytes,
+        spilled_bytes=spilled_bytes,
+        reader=reader.name,
+        read_bytes_per_s=reader.cold_bytes / reader.cold_s if reader.cold_s else None,
+    )
