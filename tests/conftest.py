@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from hypothesis import HealthCheck, settings
 # Set before anything imports torch or a hub client, and inherited by every subprocess that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-_MODULES = tempfile.TemporaryDirectory(prefix="modules-")  # code of repositories: processes would mix theirs up
-os.environ["HF_MODULES_CACHE"] = _MODULES.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out; alone, torch's own choice is right
     _SHARE = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _SHARE)))
