@@ -259,6 +259,18 @@ def test_no_room_on_the_device_leaves_the_model_as_it_was():
         assert chain(x).isfinite().all()
 
 
+def test_weights_with_state_of_their_own_are_refused_by_name():
+    class Scaled(nn.Parameter):
+        pass
+
+    chain, plan, _ = chain_and_plan()
+    for layer in chain:
+        layer.weight = Scaled(layer.weight.data)
+    with pytest.raises(lading.ResidencyError, match=r"in '\d \(Scaled\)'.* run the model on the CPU"):
+        opened(chain, plan, LazyDevice())
+    assert not any(module._forward_pre_hooks for module in chain.modules())
+
+
 def test_a_device_that_this_machine_lacks_is_refused_by_name():
     chain, plan, _ = chain_and_plan()
     if torch.accelerator.is_available():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lading.errors import ResidencyError, refusal
+from lading.errors import ResidencyError, name_list, refusal
 from lading.placement.budget import Device
 from lading.placement.plan import Placement, Plan
 from lading.residency.backing import Regions, Spill, storage_span
@@ -57,6 +57,7 @@ class OnDevice:
         units = units_of(model, plan)
         tables = [unit for unit in units if unit.placement.is_lookup]
         streamed = _by_placement([unit for unit in units if not unit.placement.is_lookup])
+        _refuse_unknown_kinds(streamed)
         with ExitStack() as undo:
             undo.callback(self._bring_back)
             self._spill, blocks, pinned = self._settle_homes(streamed, tables, settings.offload_folder)
@@ -243,6 +244,26 @@ def _slots_of(blocks: list[SlotBlock], capacity: int) -> list[int]:
     largest = max((block.num_bytes for block in blocks), default=1)
     count = max(1, min(len(blocks), capacity // max(1, largest)))
     return [index % count for index in range(len(blocks))]
+
+
+def _refuse_unknown_kinds(streamed: Mapping[Placement, list[Unit]]) -> None:
+    """Refuse weights that keep state beside their data, as quantised ones do: a slot would hold the data alone."""
+    names = {
+        f"{unit.name} ({type(weight).__name__})"
+        for units in streamed.values()
+        for unit in units
+        for weight in unit.weights
+        if type(weight) is not nn.Parameter
+    }
+    if names:
+        raise ResidencyError(
+            refusal(
+                "blocks streamed to an accelerator",
+                found=f"weights of other types than torch.nn.Parameter in {name_list(sorted(names))}",
+                expected="plain parameters: what else these keep would stay behind",
+                way_out="give the accelerator room for these blocks, or run the model on the CPU",
+            )
+        )
 
 
 def _show_homes(mover: SlotMover, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
