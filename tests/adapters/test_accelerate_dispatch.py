@@ -12,6 +12,7 @@ import inspect
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -311,9 +312,10 @@ def test_dispatch_model_runs_from_many_threads():  # accelerate swaps the weight
 def test_dispatch_model_ends_with_the_model():
     model = dispatch_model(build(Small), {"": "disk"})
     model(inputs(Small))
-    residency = Residency.of(model)
+    residency, gone = Residency.of(model), weakref.ref(model)
     del model
     gc.collect()
+    assert gone() is None
     residency.close()
 
 
