@@ -644,7 +644,8 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (directory / "config.json").write_text(json.dumps(config))
     save_file({"linear.weight": torch.eye(3) * 2, "linear.bias": torch.ones(3)}, directory / "model.safetensors")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    elsewhere = [path for path in sys.path if Path(path, "transformers_modules").exists()]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in elsewhere])
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)  # of another test's repository, in another folder
     return directory

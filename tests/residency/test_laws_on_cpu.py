@@ -225,12 +225,15 @@ def test_the_mappings_never_hold_more_than_the_budget(tmp_path):
     samples: list[int] = []
     is_over = threading.Event()
 
-    def watch() -> None:
+    def watch() -> None:  # counters: a walk through the page table would count blocks that were never there at once
         while not is_over.is_set():
-            samples.append(mapped_bytes(path))
+            samples.append(file_bytes())
 
     with torch.no_grad(), lading.offload(model, lading.plan(model, {"cpu": 9 << 20})) as residency:
-        model(x)  # drops what was read before
+        for _ in range(3):
+            model(x)  # drops what was read before
+        with residency.editing():
+            others = file_bytes() - mapped_bytes(path)
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
@@ -241,9 +244,15 @@ def test_the_mappings_never_hold_more_than_the_budget(tmp_path):
             watcher.join()
         assert 0 < residency.stats().capacity_bytes <= 9 << 20
         assert residency.stats().evictions > 8
-        assert max(samples) <= (9 << 20) + 2 * (2 << 20), (max(samples), residency.stats())
+        most = max(samples) - others
+        assert most <= (9 << 20) + 2 * (2 << 20) + (1 << 20), (most, residency.stats())  # counters lag a little
         with residency.editing():
             assert mapped_bytes(path) <= (9 << 20) + (64 << 10), "strays were not dropped"
+
+
+def file_bytes() -> int:
+    with Path("/proc/self/status").open() as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
 
 
 def rss_bytes() -> int:
