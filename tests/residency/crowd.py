@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-PATIENCE_S = 10
+PATIENCE_S = 120  # a watchdog: thousands of forwards on a busy core take a while
 
 
 def run_together(functions: Sequence[Callable[[], object]]) -> list[BaseException]:
