@@ -273,7 +273,7 @@ def test_forwards_leave_nothing_in_memory(num_forwards, mapped_chain, x):
     assert grown < 1 << 20, grown
 
 
-@pytest.mark.parametrize("num_cycles", [40, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_cycles", [40, pytest.param(2000, marks=pytest.mark.full)])
 def test_cycles_of_offload_and_close_leave_nothing(num_cycles, mapped_chain, x):
     model = mapped_chain()
     expected = model(x)
@@ -283,7 +283,7 @@ def test_cycles_of_offload_and_close_leave_nothing(num_cycles, mapped_chain, x):
     for cycle in range(num_cycles):
         with lading.offload(model, DEVICE_MAP):
             assert torch.equal(model(x), expected)
-        memory = memory if cycle != 20 else rss_bytes()
+        memory = memory if cycle != num_cycles // 2 else rss_bytes()  # by then the allocator has what it keeps
     grown = rss_bytes() - memory
     assert traces(model) == before
     assert set(threading.enumerate()) == threads
