@@ -72,7 +72,8 @@ def _by_list(module: nn.Module, names: list[str]) -> Iterator[tuple[torch.Tensor
     embedding = getattr(input_embedding(module), "weight", None)
     tensors = dict(module.named_parameters(remove_duplicate=False))
     identities = Counter(map(id, tensors.values()))
-    if any(identities[id(tensors[name])] > 1 for name in names if name in tensors):
+    meant = [name for name in tensors if any(name == listed or re.search(listed, name) for listed in names)]
+    if any(identities[id(tensors[name])] > 1 for name in meant):
         return  # it was tied when it was built
     for listed in names:
         for name, tensor in tensors.items():
