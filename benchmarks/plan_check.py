@@ -20,6 +20,7 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 Device = int | str
@@ -80,9 +81,9 @@ class Inventory:
             self.held.append(
                 Held(
                     name=prefix + name,
-                    identity=id(tensor),
+                    identity=_identity(tensor, is_parameter=name in module._parameters),
                     num_bytes=tensor.numel() * tensor.element_size(),
-                    is_parameter=isinstance(tensor, nn.Parameter),
+                    is_parameter=name in module._parameters,  # a buffer may be of the class Parameter
                     whole=whole,
                     leaf=leaf if whole is None else whole,
                     block=leaf if block is None else block,
@@ -431,3 +432,8 @@ def _front(found: Front) -> Front:
         if not kept or fixed > kept[-1][1]:
             kept.append((weight, fixed))
     return kept
+
+
+def _identity(tensor: torch.Tensor, *, is_parameter: bool) -> int:
+    """Tell tensors apart: parameters as objects, buffers by storage, for they are shared through ``.data``."""
+    return id(tensor) if is_parameter else tensor.untyped_storage()._cdata
