@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lading.api.capturing import capture as capture
+    from lading.api.convoying import convoy as convoy
     from lading.api.embedding import Embedder as Embedder
     from lading.api.loading import load as load
     from lading.api.loading import load_into as load_into
@@ -35,16 +36,21 @@ if TYPE_CHECKING:
     from lading.placement.plan import Plan as Plan
     from lading.placement.plan import PlanWarning as PlanWarning
     from lading.placement.workload import Workload as Workload
+    from lading.residency.convoy import Convoy as Convoy
     from lading.residency.residency import Residency as Residency
     from lading.residency.stats import ResidencyStats as ResidencyStats
+    from lading.residency.width import ConvoyStats as ConvoyStats
 
 _HOMES = {
     "load": "api.loading",
     "load_into": "api.loading",
     "empty": "checkpoint.empty",
     "capture": "api.capturing",
+    "convoy": "api.convoying",
     "plan": "api.planning",
     "offload": "api.offloading",
+    "Convoy": "residency.convoy",
+    "ConvoyStats": "residency.width",
     "Residency": "residency.residency",
     "ResidencyStats": "residency.stats",
     "Plan": "placement.plan",

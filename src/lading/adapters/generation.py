@@ -6,6 +6,7 @@ greedy search, whatever sampling its generation config asks for, and no message 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lading.errors import CheckpointError, refusal
+from lading.errors import CheckpointError, ResidencyError, refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,3 +121,32 @@ def _refused(folder: str, found: str) -> CheckpointError:
             way_out="save the model's tokenizer there: tokenizer.save_pretrained",
         )
     )
+
+
+_OWN_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # each call makes its own
+
+
+def refuse_static_cache(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse caches that several calls of ``generate`` at once would share.
+
+    Args:
+        model: whose generation config counts; None where ``generate`` is not what is called.
+        arguments: of every call.
+
+    Raises:
+        ResidencyError: a cache given to all calls, or of a kind that transformers keeps at the model.
+    """
+    given = arguments.get("generation_config") or (None if model is None else model.generation_config)
+    kind = arguments.get("cache_implementation") or getattr(given, "cache_implementation", None)
+    found = f"cache_implementation={kind!r}" if kind not in _OWN_CACHES else None
+    if arguments.get("past_key_values") is not None:
+        found = "past_key_values for all batches"
+    if found is not None:
+        raise ResidencyError(
+            refusal(
+                "a convoy of sequences",
+                found=found,
+                expected="a cache for each batch: this one belongs to all of them",
+                way_out='leave it out, or give cache_implementation="dynamic"',
+            )
+        )

@@ -17,7 +17,7 @@ from itertools import islice
 from lading.errors import ResidencyError
 from lading.residency.ledger import Ledger
 from lading.residency.moving import Move, State
-from lading.residency.visits import Ticket, upcoming
+from lading.residency.visits import Ticket, leaders, upcoming
 
 _LOOKAHEAD = 256  # blocks; what is needed after these counts as never needed again
 
@@ -28,7 +28,8 @@ def next_move(ledger: Ledger) -> Move | None:
     On the way, tickets that need no move are served, and a block that is in the way of one that does is closed.
     """
     ranks: dict[int, int] = {}
-    for needed in islice(upcoming(ledger.visits), _LOOKAHEAD):
+    ahead = leaders(ledger.visits)
+    for needed in islice(upcoming(ahead), _LOOKAHEAD):
         ranks.setdefault(needed, len(ranks))
     for ticket in list(ledger.tickets):
         if ticket.error is not None or ticket.is_granted:
@@ -50,7 +51,7 @@ def next_move(ledger: Ledger) -> Move | None:
             return Move(block, is_fetch=True)
         ledger.lend(ticket)
     ledger.closed.clear()
-    return _ahead(ledger, ranks)
+    return _ahead(ledger, ranks, sum(1 if visit.party is None else 2 for visit in ahead))
 
 
 def _make_room_for(ledger: Ledger, ticket: Ticket, ranks: dict[int, int]) -> bool:
@@ -70,17 +71,18 @@ def _make_room_for(ledger: Ledger, ticket: Ticket, ranks: dict[int, int]) -> boo
     return True
 
 
-def _ahead(ledger: Ledger, ranks: dict[int, int]) -> Move | None:
+def _ahead(ledger: Ledger, ranks: dict[int, int], num_next: int) -> Move | None:
     """Choose what to fetch ahead: the next absent block, if nothing that is needed before it has to go.
 
     Where anything at all has to go, only what is entered next: fetched earlier, it would take the place of what this
-    forward began with, and the next one would find nothing left.
+    forward began with, and the next one would find nothing left. A convoy may be entering the block that is counted
+    first, one after the other: for it, what comes after that is next.
     """
     for block, rank in ranks.items():
         if ledger.states[block] is not State.ABSENT:
             continue
         way = ledger.room.make_way(block, ledger.sizes[block], _idle(ledger, ranks, rank))
-        if way is None or (way and rank >= len(ledger.visits)):
+        if way is None or (way and rank >= num_next):
             return None
         return Move(way[0], is_fetch=False) if way else Move(block, is_fetch=True)
     return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -44,6 +45,23 @@ class Escort(Protocol):
         """Give another output, or None; the module is not left yet."""
 
 
+class Companion(Protocol):
+    """Stand for one micro-batch of a convoy, in whose thread the model is called."""
+
+    @property
+    def party(self) -> Visit:
+        """Give the convoy's visit."""
+
+    def set_out(self, visit: Visit) -> None:
+        """Note that the model is called once more."""
+
+    def wait_turn(self, visit: Visit, block: int) -> None:
+        """Wait until the convoy opens a block for this micro-batch; raises where the convoy ends instead."""
+
+    def note_wait(self, seconds: float) -> None:
+        """Note how long weights were waited for."""
+
+
 def is_in_a_forward(thread_id: int) -> bool:
     """Say whether a live thread is inside any module's call: whether code of torch's is that called something."""
     frame = sys._current_frames().get(thread_id)
@@ -61,6 +79,8 @@ class _Caller:
         self._schedule = schedule
         self._thread_id = threading.get_ident()
         self.visit: Visit | None = None
+        self.companion: Companion | None = None
+        """Where the thread is one of a convoy's."""
         self.stack: list[tuple[nn.Module, int | None, Stay | None, Escort | None]] = []
 
     def unwind(self, depth: int, *, is_complete: bool = False) -> None:
@@ -140,10 +160,10 @@ class Hooks:
         depth = len(caller.stack)
         try:
             if caller.visit is None:
-                caller.visit = self._schedule.begin(id(module), station.reachable)
+                caller.visit = self._begin(caller, module, station)
             escort = station.escort if station.is_block or not depth else None
             if station.block is not None:
-                self._schedule.enter(caller.visit, station.block)
+                self._enter(caller, caller.visit, station.block)
             caller.stack.append((module, station.block, None, escort))
             if escort is None:
                 return None
@@ -155,6 +175,25 @@ class Hooks:
                 self._schedule.repair(caller.visit)
             raise
         return changed
+
+    def _begin(self, caller: _Caller, module: nn.Module, station: _Station) -> Visit:
+        companion = caller.companion
+        if companion is None:
+            return self._schedule.begin(id(module), station.reachable)
+        visit = self._schedule.begin(id(module), station.reachable, companion.party)
+        companion.set_out(visit)
+        return visit
+
+    def _enter(self, caller: _Caller, visit: Visit, block: int) -> None:
+        companion = caller.companion
+        if companion is None:
+            self._schedule.enter(visit, block)
+            return
+        self._schedule.pause(visit)  # whoever waits for others holds nothing that they need
+        companion.wait_turn(visit, block)
+        began = time.perf_counter()
+        self._schedule.enter(visit, block)
+        companion.note_wait(time.perf_counter() - began)
 
     def _is_left_over(self, caller: _Caller, module: nn.Module) -> bool:
         """Say whether an earlier call was interrupted: it is over, or this module is what it is part of."""

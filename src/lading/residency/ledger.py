@@ -199,7 +199,7 @@ class Ledger:
             change: on the lock that the child made itself.
         """
         self._change = change
-        self.visits = [visit for visit in self.visits if visit.thread_id == thread_id]
+        self.visits = [visit for visit in self.visits if visit.thread_id == thread_id and not visit.is_party]
         self.tickets.clear()
         self.closed.clear()
         self._stale.clear()

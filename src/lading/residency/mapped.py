@@ -14,6 +14,7 @@ Concurrency: `fetch` and `evict` run one at a time (one worker); `begin` runs wh
 from __future__ import annotations
 
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import nn
 from lading.checkpoint.pages import Span, drop, merged, open_pagemap
 from lading.errors import ResidencyError
 from lading.residency.backing import Region
+from lading.residency.moving import Pace
 from lading.residency.readers import STEP_BYTES, Reader
 
 _GRAIN = 2 << 20  # the largest folio that the kernel maps at once
@@ -86,6 +88,7 @@ class MappedMover:
         self._everything = merged([window for windows in self._windows for window in windows])
         self._pagemap = open_pagemap()
         self.edited_bytes = 0
+        self.pace = Pace()
 
     def _window(self, block: MappedBlock) -> tuple[Span, ...]:
         """Widen a block's spans to where strays may be, within the mappings."""
@@ -125,6 +128,7 @@ class MappedMover:
 
     def fetch(self, block: int) -> None:
         """Read a block's pages in, step by step, then drop strays around them."""
+        began = time.perf_counter()
         self._present.add(block)
         files = {id(region.file): region.file for region, _ in self._blocks[block].fetched}
         try:
@@ -139,6 +143,7 @@ class MappedMover:
             raise
         for window in self._windows[block]:
             self._clean(self._edges(window, block), ())
+        self.pace.note(sum(span.num_bytes for _, span in self._blocks[block].fetched), time.perf_counter() - began)
 
     def _edges(self, window: Span, block: int) -> Iterator[Span]:
         """Yield the parts of a window that are not the block's own."""

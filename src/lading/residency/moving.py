@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+_FADING = 0.9  # a few dozen blocks tell how fast the next ones come
+
 
 class State(Enum):
     """Say where a block is between its home and the execution device."""
@@ -28,9 +30,29 @@ class Move:
     is_fetch: bool
 
 
+@dataclass(slots=True)
+class Pace:
+    """Remember how fast blocks came in lately. One thread notes; any may ask."""
+
+    _num_bytes: float = 0.0
+    _seconds: float = 0.0
+
+    def note(self, num_bytes: int, seconds: float) -> None:
+        """Count a fetch; what was before counts less each time."""
+        self._num_bytes = _FADING * self._num_bytes + num_bytes
+        self._seconds = _FADING * self._seconds + seconds
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Give the rate; None before the first fetch."""
+        return self._num_bytes / self._seconds if self._seconds else None
+
+
 class Mover(Protocol):
     """Move blocks between their homes and the execution device."""
 
+    pace: Pace
+    """How fast fetches are."""
     makes_copies: bool
     """Whether what is fetched is a copy, which an edit of its home between two forwards makes stale."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lading.checkpoint.pages import Span, expect_anything, expect_rows, merged
@@ -20,6 +21,7 @@ from lading.residency.rows import RowEscort
 from lading.residency.schedule import Schedule
 from lading.residency.settings import Settings
 from lading.residency.stats import ResidencyStats, stats_of
+from lading.residency.supply import Supply, activation_bytes, anonymous_bytes
 from lading.residency.units import Unit, doors_of, units_of
 
 
@@ -33,7 +35,10 @@ class OnCpu:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, settings: Settings) -> None:
+        self._plan = plan
         self._reader = settings.reader
+        self.devices: tuple[torch.device, ...] = ()
+        """Accelerators that it uses."""
         units = units_of(model, plan)
         blocks, self._spill = _blocks(units, settings.offload_folder)
         sizes = [_weight_bytes(block) for block in blocks]
@@ -43,6 +48,7 @@ class OnCpu:
         self._room = ByteRoom(sizes, _capacity(plan, units, sizes))
         self._mover = MappedMover(blocks, resident, settings.reader, self._room.keep)
         fetched = [index for index, unit in enumerate(units) if not unit.is_lookup]
+        self._fetched_sizes = [0 if unit.is_lookup else size for unit, size in zip(units, sizes, strict=True)]
         self.schedule = Schedule(sizes, self._room, self._mover, fetched)
         self.hooks = Hooks(self.schedule)
         self._tables = [
@@ -69,6 +75,16 @@ class OnCpu:
         self._spill.restore()
         self._mover.close()
         self._reader.close()
+
+    def supply(self) -> Supply:
+        """Say what a convoy has to go by."""
+        return Supply(
+            sizes=self._fetched_sizes,
+            pace=self._mover.pace,
+            used_bytes=anonymous_bytes,
+            settle=None,
+            activation_bytes=activation_bytes(self._plan),
+        )
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning."""

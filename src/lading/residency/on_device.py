@@ -28,6 +28,7 @@ from lading.residency.schedule import Schedule
 from lading.residency.settings import Settings
 from lading.residency.slots import SlotBlock, SlotMover
 from lading.residency.stats import ResidencyStats, stats_of
+from lading.residency.supply import Supply, activation_bytes, device_bytes
 from lading.residency.transfer import Transfer
 from lading.residency.units import Unit, doors_of, units_of
 from lading.units import format_bytes
@@ -45,6 +46,7 @@ class OnDevice:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, settings: Settings) -> None:
+        self._plan = plan
         self._reader = settings.reader
         self._transfer = settings.transfers(plan.main_device)
         used = dict.fromkeys(placement.execution_device for placement in plan.placements)
@@ -66,9 +68,9 @@ class OnDevice:
             slots = _slots_of(blocks, plan.fetch_bytes)
             self._mover = self._open_slots(blocks, slots, pinned)
             undo.pop_all()
-        sizes = [block.num_bytes for block in blocks]
-        self._room = SlotRoom(sizes, slots)
-        self.schedule = Schedule(sizes, self._room, self._mover, range(len(blocks)))
+        self._sizes = [block.num_bytes for block in blocks]
+        self._room = SlotRoom(self._sizes, slots)
+        self.schedule = Schedule(self._sizes, self._room, self._mover, range(len(blocks)))
         self.hooks = Hooks(self.schedule)
         self._add_hooks(model, plan, settings, streamed, tables)
 
@@ -210,6 +212,22 @@ class OnDevice:
             here = tensor.data.to(CPU)
             is_same = home is not None and home.shape == here.shape and home.dtype == here.dtype and _same(home, here)
             tensor.data = home if home is not None and is_same else here
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """List the accelerators that it uses."""
+        return tuple(device for device in self._devices.values() if device != CPU)
+
+    def supply(self) -> Supply:
+        """Say what a convoy has to go by."""
+        transfer = self._transfer
+        return Supply(
+            sizes=self._sizes,
+            pace=self._mover.pace,
+            used_bytes=partial(device_bytes, transfer.device),
+            settle=lambda: transfer.wait(transfer.computed()),
+            activation_bytes=activation_bytes(self._plan),
+        )
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning."""

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
 from lading.errors import ResidencyError, name_list, refusal
 from lading.placement.plan import Plan
+from lading.residency.convoy import Convoy
+from lading.residency.crew import Crew, Crossings
 from lading.residency.device_map import show_device_map
 from lading.residency.hooks import hooks_of
 from lading.residency.on_cpu import OnCpu
 from lading.residency.on_device import OnDevice
+from lading.residency.refusals import inside_a_convoy, inside_a_forward
 from lading.residency.settings import Settings
 from lading.residency.stats import ResidencyStats
+from lading.residency.width import Width
 
 
 class Residency:
@@ -58,19 +63,18 @@ class Residency:
         """Wait until no forward runs, and hold new ones back, while weights are edited.
 
         Raises:
-            ResidencyError: called inside a forward of this model, which would wait for itself.
+            ResidencyError: called inside a forward of this model, or in the thread of a convoy under way: it would
+                wait for itself.
         """
-        if self._parts.hooks.is_inside:
-            raise ResidencyError(
-                refusal(
-                    "residency.editing()",
-                    found="a forward of this model around it, in this thread",
-                    expected="none",
-                    way_out="edit before or after the forward",
-                )
-            )
+        self._refuse_inside("residency.editing()", "edit")
         with self._parts.schedule.editing():
             yield
+
+    def _refuse_inside(self, what: str, verb: str) -> None:
+        if self._parts.hooks.is_inside:
+            raise inside_a_forward(what, verb)
+        if self._parts.schedule.leads_party:
+            raise inside_a_convoy(what, verb)
 
     def stats(self) -> ResidencyStats:
         """Say what happened since the beginning: a snapshot."""
@@ -78,15 +82,8 @@ class Residency:
 
     def close(self) -> None:
         """Wait for forwards that run, take the hooks off and leave the model as it was. Twice is fine."""
-        if self._is_open and self._parts.hooks.is_inside:
-            raise ResidencyError(
-                refusal(
-                    "residency.close()",
-                    found="a forward of this model around it, in this thread",
-                    expected="none",
-                    way_out="close after the forward",
-                )
-            )
+        if self._is_open:
+            self._refuse_inside("residency.close()", "close")
         with self._closing:
             if self._is_open:
                 self._parts.close()
@@ -123,3 +120,37 @@ def refuse_offloaded(model: nn.Module) -> None:
                 way_out="close it first: lading.Residency.of(model).close()",
             )
         )
+
+
+def convoy_of(  # noqa: PLR0913 - what a convoy is made of
+    model: nn.Module,
+    batches: Iterable[Any],
+    crossings: Crossings,
+    width: int | None,
+    *,
+    is_one_call: bool,
+    returns_errors: bool,
+) -> Convoy:
+    """Make the convoy of a model: with a crew where something in it streams.
+
+    Raises:
+        ResidencyError: several modules inside are offloaded, each for itself.
+    """
+    owners = {id(hooks.owner): hooks.owner for module in model.modules() if (hooks := hooks_of(module)) is not None}
+    residencies = [owner for owner in owners.values() if isinstance(owner, Residency)]
+    if len(residencies) > 1:
+        raise ResidencyError(
+            refusal(
+                f"a convoy through {type(model).__name__}",
+                found=f"{len(residencies)} residencies, of modules that were offloaded separately",
+                expected="one: micro-batches that wait in one would hold room of the other",
+                way_out="offload the whole model, or call it batch by batch",
+            )
+        )
+    if not residencies:
+        devices = sorted({weight.device for weight in model.parameters()}, key=str)
+        return Convoy(None, batches, crossings, devices, returns_errors=returns_errors)
+    parts = residencies[0]._parts
+    chosen = Width(width, parts.supply(), is_one_call=is_one_call)
+    crew = Crew(parts.hooks, parts.schedule, crossings, parts.devices, chosen)
+    return Convoy(crew, batches, crossings, parts.devices, returns_errors=returns_errors)

@@ -28,11 +28,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from lading.errors import ResidencyError, refusal
 from lading.residency.choice import next_move
 from lading.residency.forks import FORKS
 from lading.residency.ledger import Ledger
 from lading.residency.moving import Counts, Move, Mover, State
+from lading.residency.refusals import forward_after_close, forward_while_editing
 from lading.residency.room import Room
 from lading.residency.visits import Orders, Ticket, Visit
 from lading.residency.worker import Worker
@@ -69,45 +69,46 @@ class Schedule:
 
     # Visits
 
-    def begin(self, door: object, reachable: frozenset[int]) -> Visit:
+    def begin(
+        self, door: object, reachable: frozenset[int], party: Visit | None = None, *, is_party: bool = False
+    ) -> Visit:
         """Open a visit through a door: a module. Waits while somebody edits.
 
         Args:
             door: whose order is learned.
             reachable: the blocks below it.
+            party: the convoy's visit that this one goes with: it is inside already, and waits for nobody.
+            is_party: it is a convoy's own: of no door, and ended by `end` alone.
 
         Raises:
             ResidencyError: closed; or this thread itself is editing.
             CorruptShardError: a file behind the weights was changed in place.
         """
         with self._lock:
-            if threading.get_ident() in self._editors:
-                raise ResidencyError(
-                    refusal(
-                        "a forward of an offloaded model",
-                        found="residency.editing() around it, in this thread",
-                        expected="none",
-                        way_out="call the model before or after the edits",
-                    )
-                )
-            while self._editors or (not self._ledger.visits and State.EVICTING in self._ledger.states):
-                self._change.wait()
-            if self._is_shut:
-                raise ResidencyError(
-                    refusal(
-                        "a forward of an offloaded model",
-                        found="its residency closed",
-                        expected="an open one",
-                        way_out="call lading.offload again",
-                    )
-                )
-            if not self._ledger.visits:
-                self._start()
-            is_repeated = door in self._orders.learned and not self._mover.makes_copies  # copies are stale by then
-            visit = Visit(door, self._orders.of(door, reachable), is_repeated=is_repeated)
+            if party is None:
+                self._wait_to_begin()
+            visit = Visit(door, self._orders.of(door, reachable), party=party, is_party=is_party)
+            if party is not None or not self._mover.makes_copies:  # else copies are stale by the next visit
+                visit.is_repeated = door in self._orders.learned
             self._ledger.visits.append(visit)
             self._wake()
             return visit
+
+    @property
+    def leads_party(self) -> bool:
+        """Say whether the calling thread opened a convoy that is still inside."""
+        with self._lock:
+            return any(visit.is_party and visit.thread_id == threading.get_ident() for visit in self._ledger.visits)
+
+    def _wait_to_begin(self) -> None:
+        if threading.get_ident() in self._editors:
+            raise forward_while_editing()
+        while self._editors or (not self._ledger.visits and State.EVICTING in self._ledger.states):
+            self._change.wait()
+        if self._is_shut:
+            raise forward_after_close()
+        if not self._ledger.visits:
+            self._start()
 
     def end(self, visit: Visit, *, is_complete: bool) -> None:
         """Close a visit; evictions end before this returns, if nobody else is inside.
@@ -134,6 +135,12 @@ class Schedule:
             self._wake()
         self._change.notify_all()
 
+    def end_thread(self, thread_id: int | None) -> None:
+        """Close the visits of a thread that will not do so itself."""
+        with self._lock:
+            for visit in [visit for visit in self._ledger.visits if visit.thread_id == thread_id]:
+                self._end(visit)
+
     def repair(self, keep: Visit | None) -> None:
         """Put right what an interruption of this thread, between any two lines of this file, may have left.
 
@@ -142,8 +149,9 @@ class Schedule:
         """
         with self._lock:
             me = threading.get_ident()
-            for visit in [visit for visit in self._ledger.visits if visit.thread_id == me and visit is not keep]:
-                self._end(visit)
+            for visit in list(self._ledger.visits):
+                if visit.thread_id == me and visit is not keep and not visit.is_party:
+                    self._end(visit)
             self._ledger.withdraw(keep)
             self._ledger.recount()
             self._wake()
@@ -152,7 +160,7 @@ class Schedule:
     def _end_interrupted(self) -> None:
         """End the visits of threads that are in no forward any more."""
         for visit in list(self._ledger.visits):
-            if not self.is_inside(visit.thread_id):
+            if not visit.is_party and not self.is_inside(visit.thread_id):
                 self._end(visit)
 
     def _start(self) -> None:
@@ -178,6 +186,11 @@ class Schedule:
                 self._enter_again(visit)
                 raise
             visit.held.append(block)
+
+    def pause(self, visit: Visit) -> None:
+        """Give up what a visit holds, before it waits for something else than this schedule; then it enters a block."""
+        with self._lock:
+            self._give_up(visit)
 
     def leave(self, visit: Visit, block: int) -> None:
         """Leave a block; what it was entered from is entered again."""

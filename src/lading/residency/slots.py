@@ -14,6 +14,7 @@ Concurrency: `fetch` and `evict` run one at a time (one worker); all else is cal
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ from torch import nn
 
 from lading.checkpoint.pages import Span, drop, open_pagemap
 from lading.residency.backing import Region
+from lading.residency.moving import Pace
 from lading.residency.readers import STEP_BYTES, Reader
 from lading.residency.transfer import Mark, Transfer
 
 _ALIGNMENT = 512  # of torch's allocators: kernels choose the same path as for a resident copy
 _NUM_STAGES = 3
+_NUM_TIMED = 4  # fetches that the worker waits for, to know the rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,8 @@ class SlotMover:
         self._is_stage_pinned = False
         self.num_bytes = sum(widths.values())
         self._pagemap = open_pagemap()
+        self.pace = Pace()
+        self._num_timed = 0
 
     @property
     def addresses(self) -> frozenset[int]:
@@ -107,6 +112,8 @@ class SlotMover:
     def fetch(self, block: int) -> None:
         """Queue the copies of a block into its slot, after its last visitors' marks."""
         slot, plan = self._slots[block], self._blocks[block]
+        is_first = not self._left[slot] and self._num_timed < _NUM_TIMED
+        began = time.perf_counter()
         for mark in self._left[slot].values():
             self._transfer.hold_copies(mark)
         self._left[slot].clear()
@@ -119,6 +126,10 @@ class SlotMover:
             else:
                 self._stage(target, source, region)
         self._ready[block] = self._transfer.copied()
+        if is_first:  # only those into slots that nobody used: else it waits for what is computed, too
+            self._num_timed += 1
+            self._transfer.wait(self._ready[block])
+            self.pace.note(plan.num_bytes, time.perf_counter() - began)
 
     def _stage(self, target: torch.Tensor, source: torch.Tensor, region: Region | None) -> None:
         """Copy through a small ring of pinned buffers; drop a file's pages behind it."""

@@ -19,18 +19,23 @@ class Visit:
         "expected",
         "held",
         "is_over",
+        "is_party",
         "is_repeated",
         "leased",
         "lent_bytes",
+        "party",
         "position",
         "seen",
         "thread_id",
+        "turn",
     )
 
-    def __init__(self, door: object, expected: tuple[int, ...], *, is_repeated: bool = False) -> None:
+    def __init__(
+        self, door: object, expected: tuple[int, ...], *, party: Visit | None = None, is_party: bool = False
+    ) -> None:
         self.door = door
         self.expected = expected
-        self.is_repeated = is_repeated
+        self.is_repeated = False
         """Whether it repeats an earlier one, so that it is likely to be repeated itself."""
         self.position = 0
         """How many of ``expected`` are behind us."""
@@ -42,15 +47,24 @@ class Visit:
         self.lent_bytes = 0
         self.thread_id = threading.get_ident()
         self.is_over = False
+        self.party = party
+        """The visit of the convoy that this one goes with."""
+        self.is_party = is_party
+        """Whether it is a convoy's: it enters no block, and no thread's forward stands for it."""
+        self.turn = 0
+        """How many visits of the same micro-batch came before, in a convoy."""
+
+    def find(self, block: int) -> int:
+        """Say where in the expected order the visit is when it enters a block; where it is now, if nobody knows."""
+        try:
+            return self.expected.index(block, self.position) + 1
+        except ValueError:
+            return self.expected.index(block) + 1 if block in self.expected else self.position
 
     def advance(self, block: int) -> None:
-        """Note that the visit enters a block, and find where in the expected order it is now."""
+        """Note that the visit enters a block."""
         self.seen.append(block)
-        try:
-            self.position = self.expected.index(block, self.position) + 1
-        except ValueError:
-            if block in self.expected:
-                self.position = self.expected.index(block) + 1
+        self.position = self.find(block)
 
     def forget(self, block: int) -> None:
         """Expect a block no more, nor what is behind us."""
@@ -80,6 +94,17 @@ class Orders:
         """Say what a visit through a door will enter: what the last one did, else what the plan says."""
         known = self.learned.get(door)
         return known if known is not None else tuple(block for block in self.planned if block in reachable)
+
+
+def leaders(visits: Sequence[Visit]) -> list[Visit]:
+    """List visits, of each convoy only the one that is furthest behind: the others come to the same blocks later."""
+    behind: dict[int, Visit] = {}
+    for visit in visits:
+        if not visit.is_party:
+            known = behind.setdefault(id(visit.party or visit), visit)
+            if (visit.turn, visit.position) < (known.turn, known.position):
+                behind[id(visit.party)] = visit
+    return list(behind.values())
 
 
 def upcoming(visits: Sequence[Visit]) -> Iterator[int]:
