@@ -21,7 +21,9 @@ from lading.residency.moving import Counts
 from lading.residency.supply import Supply
 
 _MOST = 64  # threads; each may have as many helpers of its own as torch has threads
-_MARGIN, _MOST_MARGIN, _MORE = 1.25, 4.0, 1.5
+_MARGIN = 1.25  # of computing over fetching, where a device fetches by itself
+_MARGIN_ON_CPU = 20.0  # where fetching takes the processors that compute
+_MORE, _MOST_OF_IT = 1.5, 4.0  # how much longer it becomes where threads waited all the same
 _WAITED_SHARE = 0.01  # of a crossing: more is not hidden
 
 
@@ -52,8 +54,8 @@ class ConvoyStats:
     bound: str
     """``"compute"`` where crossings waited for weights for at most 1 % of their time, else ``"reading"``."""
     limited_by: str
-    """Why the widest crossing took no more micro-batches: ``"enough"``, ``"width"`` (given), ``"memory"``, ``"threads"``,
-    ``"batches"``, where there were no more, or ``"resident"``, where one batch goes after the other."""
+    """Why the widest crossing took no more micro-batches: ``"enough"``, ``"width"`` (given), ``"memory"``,
+    ``"threads"``, ``"batches"``, where there were no more, or ``"resident"``, where one goes after the other."""
 
     def __str__(self) -> str:
         return (
@@ -77,7 +79,7 @@ class Width:
         self._given = given
         self._supply = supply
         self._is_one_call = is_one_call
-        self._margin = _MARGIN
+        self._margin = self._least_margin = _MARGIN_ON_CPU if supply.settle is None else _MARGIN
         self._learned: tuple[float, float] | None = None
         """Bytes that the last crossing fetched, and how much longer a micro-batch took than in its first block."""
         self.first_block = 0
@@ -153,14 +155,14 @@ class Width:
         if len(self._jobs) >= self._widest[0]:
             self._widest = len(self._jobs), self._limited_by
         if self._supply.settle is not None:  # a device computes and waits where the host does not see it
-            self._is_hidden = len(self._jobs) * self._margin >= self._needed()
+            self._is_hidden = len(self._jobs) * self._margin >= self._needed()  # without a margin
             return
         self._is_hidden = self._wait_s <= _WAITED_SHARE * (self._run_s + self._wait_s)
         first_s = sum(job.first_block_s or 0.0 for job in self._jobs)
         if first_s:
             self._learned = fetched, run_s / first_s
         if wait_s > _WAITED_SHARE * (run_s + wait_s) and self._limited_by == "enough":
-            self._margin = min(self._margin * _MORE, _MOST_MARGIN)
+            self._margin = min(self._margin * _MORE, self._least_margin * _MOST_OF_IT)
 
     def stats(self) -> ConvoyStats:
         """Give a snapshot."""
