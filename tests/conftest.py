@@ -28,7 +28,17 @@ settings.register_profile("full", settings.get_profile("lading"), derandomize=Fa
 settings.load_profile("lading")
 
 # Packages that one environment has and the other may lack.
-_OPTIONAL = ("accelerate", "bitsandbytes", "deepspeed", "flair", "highspy", "lance", "peft", "sentence_transformers")
+_OPTIONAL = (
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "flair",
+    "gradio",
+    "highspy",
+    "lance",
+    "peft",
+    "sentence_transformers",
+)
 
 
 def _transformers_major() -> int:

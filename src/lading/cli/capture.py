@@ -26,7 +26,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "of several sites one behind the other. Each window of rows is one commit.",
     )
     parser.add_argument("model", help="a model directory with its tokenizer, or a repo id in the hub's cache")
-    parser.add_argument("--sites", required=True, nargs="+", help="module names or patterns: model.layers.{6,12}")
+    parser.add_argument(
+        "--sites",
+        required=True,
+        nargs="+",
+        help="module names or patterns, behind the texts or before another option: model.layers.{6,12}, "
+        "model.layers.3:input; 'lading inspect' lists tensors, and a module's name is what stands before theirs",
+    )
     parser.add_argument(
         "--tokens", choices=tuple(_POOLING), default="last", help="which of a text's tokens (default: %(default)s)"
     )
