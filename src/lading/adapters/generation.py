@@ -30,7 +30,7 @@ class Continuation:
 
 
 class Continuer:
-    """Continue prompts one at a time. One thread.
+    """Continue prompts one at a time. Any thread; the tokenizer is for one at a time.
 
     Args:
         model: a transformers causal language model on the CPU or with its inputs there.

@@ -6,7 +6,7 @@ The only place that knows both how a model is loaded and how texts are embedded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from lading.adapters.sentence_transformers import find_directory, load_tokenizer, read_embedding_model
 from lading.api.arguments import PathOrRepoId
 from lading.api.capturing import capture
+from lading.api.convoying import convoy
 from lading.api.loading import load
 from lading.embed import embedder
 from lading.embed.batching import Batch, Batching, Tokenizer
@@ -55,7 +56,7 @@ class Embedder(embedder.Embedder):
             tokenizer: None: the one beside the model; for a module, beside the ``name_or_path`` it was loaded from.
             settings: None: as the sentence-transformers files beside the model say, mean pooling where there are none.
             batching: None: the defaults.
-            runner: None: one batch after the other on the model's device.
+            runner: None: batches cross the model together where it streams, else one after the other.
             max_memory: for a model given by its path: what its weights may take of each device, as for `lading.plan`;
                 what does not fit streams. A loaded module is placed by whoever loaded it.
 
@@ -70,6 +71,7 @@ class Embedder(embedder.Embedder):
                 found, expected = "max_memory and a loaded module", "a path"
                 raise EmbedError(refusal("Embedder", found=found, expected=expected, way_out="call lading.offload"))
             tokenizer, settings = _complete(model, tokenizer, settings)
+            runner = runner or convoy_runner(model, embedder.forward_of(model))
             super().__init__(model, tokenizer, settings, batching, runner)
             return
         name = os.fspath(model)
@@ -78,6 +80,7 @@ class Embedder(embedder.Embedder):
         if tokenizer is None:
             tokenizer = load_tokenizer(files.directory, lowers_case=files.lowers_case)
         module = _load_encoder(name, files.subfolder, files.model_class, max_memory)
+        runner = runner or convoy_runner(module, embedder.forward_of(module))
         super().__init__(module, tokenizer, settings or files.settings, batching, runner)
 
 
@@ -106,19 +109,42 @@ def site_embedder(
     asked = [sites] if isinstance(sites, str) else list(sites)
     place = None if max_memory is None else "auto"
     model = load(path_or_repo_id, device_map=place, max_memory=max_memory)
-    capture(model, asked)  # refuses what is not there before texts are read
+    alone = [capture(model, each) for each in asked]  # refuses what is not there before texts are read
+    parts = [(each, name) for each in alone for name in (each.groups or each.names)]
     name = os.fspath(path_or_repo_id)
-    settings = EmbedSettings(model=f"{name} {' '.join(asked)}", pooling=(pooling,))
-    run_plainly = embedder.plain_runner(model)
+    settings = EmbedSettings(model=name, sites=" ".join(asked), pooling=(pooling,))
+    forward = embedder.forward_of(model)
 
-    def run(batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
-        for batch in batches:
-            with capture(model, asked) as seen:
-                for _ in run_plainly([batch]):
-                    pass
-            yield torch.cat([seen[site] for site in seen], dim=-1)
+    def run(batch: Batch) -> torch.Tensor:
+        with capture(model, asked) as seen:
+            forward(batch)
+        tensors: list[torch.Tensor] = []
+        for each, part in parts:
+            tensors += seen.group(part) if each.groups else [seen[part]]
+        for tensor in tensors:
+            if tensor.dim() != 3:
+                raise EmbedError(
+                    refusal(
+                        f"what {' '.join(asked)} gives",
+                        found=f"a tensor of shape {list(tensor.shape)}",
+                        expected="[texts, tokens, width]",
+                        way_out="name modules that keep the tokens apart, or use lading.capture",
+                    )
+                )
+        return torch.cat(tensors, dim=-1)
 
-    return embedder.Embedder(model, load_tokenizer(find_directory(name)), settings, batching, run)
+    tokenizer = load_tokenizer(find_directory(name))
+    return embedder.Embedder(model, tokenizer, settings, batching, convoy_runner(model, run))
+
+
+def convoy_runner(model: nn.Module, function: Callable[[Batch], Any]) -> embedder.Runner:
+    """Make the runner that sends batches through a model together where it streams, else one after the other."""
+
+    def run(batches: Iterable[Batch]) -> Iterator[Any]:
+        with convoy(model, batches, function=function, seed=0) as outputs:
+            yield from outputs
+
+    return run
 
 
 def _load_encoder(name: str, subfolder: str, model_class: str, max_memory: Mapping[Any, Any] | None) -> nn.Module:

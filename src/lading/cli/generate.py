@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.parser.error(f"--new-tokens: found {arguments.new_tokens}, expected 1 or more")
 
     from lading.adapters.generation import Continuer
+    from lading.api.convoying import convoy
     from lading.api.loading import load
     from lading.placement.plan import PlanWarning
     from lading.residency.residency import Residency
@@ -71,10 +73,11 @@ def _run(arguments: argparse.Namespace) -> int:
     continuer = Continuer(model, arguments.model, **{key: value for key, value in place.items() if value}, **code)
     begin_s = time.perf_counter()
     found = []
-    for prompt in prompts:
-        found.append(continuer(prompt, new_tokens=arguments.new_tokens))
-        if not arguments.json:
-            print(f"{prompt}{found[-1].text}", flush=True)
+    with convoy(model, prompts, function=partial(continuer, new_tokens=arguments.new_tokens), seed=0) as continuations:
+        for prompt, each in zip(prompts, continuations, strict=True):
+            found.append(each)
+            if not arguments.json:
+                print(f"{prompt}{each.text}", flush=True)
     elapsed_s = time.perf_counter() - begin_s
     if arguments.json:
         print(json.dumps(_summary(found, residency.stats(), elapsed_s), ensure_ascii=False))

@@ -38,6 +38,8 @@ def _run(args: argparse.Namespace) -> int:
 
     store = VectorStore(args.store)
     source = store.source
+    if source.sites:
+        _refuse_captured(args.store, source)
     embedder = Embedder(args.model or _recorded_model(args.store, source))
     prompts = embedder.settings.prompts
     prompt_name = "query" if args.prompt_name is None and "query" in prompts else args.prompt_name
@@ -45,6 +47,19 @@ def _run(args: argparse.Namespace) -> int:
     _check_model(args, source, embedder.source(query.dtype))
     _print_hits(cast("list[Hit]", store.search(query, k=args.k)), as_json=args.json)
     return 0
+
+
+def _refuse_captured(store: str, source: VectorSource) -> None:
+    from lading.errors import StoreError, refusal
+
+    raise StoreError(
+        refusal(
+            store,
+            found=f"vectors of {source.sites}, captured inside {source.model}",
+            expected="vectors that `lading embed` made: a query is embedded as they were",
+            way_out="search it with a vector of your own: lading.VectorStore(...).search(vector)",
+        )
+    )
 
 
 def _recorded_model(store: str, source: VectorSource) -> str:

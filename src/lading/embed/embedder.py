@@ -132,6 +132,7 @@ class Embedder:
         """Say where this embedder's vectors come from."""
         return VectorSource(
             model=self.settings.model,
+            sites=self.settings.sites,
             pooling="+".join(self.settings.pooling),
             dtype=str(dtype).removeprefix("torch."),
             prompt=prompt,
@@ -231,22 +232,30 @@ class Embedder:
             )
 
 
-def plain_runner(model: nn.Module) -> Runner:
-    """Make the runner that calls ``model`` once for each batch, on the device of its first parameter.
+def forward_of(model: nn.Module) -> Callable[[Batch], Any]:
+    """Make the function that calls ``model`` with one batch, on the device of its first parameter.
 
-    No gradient is recorded; outside of the calls the caller's grad mode is untouched, also between two outputs.
+    No gradient is recorded; outside of the calls the caller's grad mode is untouched.
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     constants = {"use_cache": False} if "use_cache" in _forward_parameters(model) else {}
 
+    def forward(batch: Batch) -> Any:
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        with torch.inference_mode():
+            return model(**inputs, **constants)
+
+    return forward
+
+
+def plain_runner(model: nn.Module) -> Runner:
+    """Make the runner that calls ``model`` once for each batch, one after the other."""
+    forward = forward_of(model)
+
     def run(batches: Iterable[Batch]) -> Iterator[Any]:
         for batch in batches:
-            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-            with torch.inference_mode():
-                output = model(**inputs, **constants)
-            yield output
-            del output  # frees it before the next forward
+            yield forward(batch)  # not named here, so that it is freed before the next forward
 
     return run
 

@@ -47,12 +47,14 @@ class VectorSource:
     """What was put before every text."""
     similarity: str = "cosine"
     """How the model wants its vectors compared: ``cosine``, ``dot`` or ``euclidean``."""
+    sites: str = ""
+    """The modules whose tensors were kept, space between them; empty: the model's last hidden states."""
 
     def differences(self, expected: VectorSource) -> list[str]:
         """List the facts in which this source differs from the ``expected`` one, each written for a message."""
         return [
             f"{name} {getattr(self, name)!r} (expected {getattr(expected, name)!r})"
-            for name in ("model", "pooling", "dtype", "prompt", "similarity")
+            for name in ("model", "sites", "pooling", "dtype", "prompt", "similarity")
             if getattr(self, name) != getattr(expected, name)
         ]
 

@@ -30,6 +30,8 @@ class EmbedSettings:
 
     model: str = ""
     """Where the weights come from, as a store records it; empty: a module in memory."""
+    sites: str = ""
+    """The modules whose tensors are pooled, as a store records them; empty: the last hidden states."""
     pooling: tuple[str, ...] = ("mean",)
     """Modes of ``POOLING_MODES``; the vectors of several are joined in this order."""
     include_prompt: bool = True

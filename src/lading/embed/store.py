@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FORMAT = "1"
 _OWN_COLUMNS = ("id", "text", "vector")
 _LANCE_COLUMNS = ("_distance", "_score", "_rowid", "_rowaddr")
-_SOURCE_FACTS = ("model", "pooling", "dtype", "prompt", "similarity")
+_SOURCE_FACTS = ("model", "sites", "pooling", "dtype", "prompt", "similarity")
 _LANCE_METRICS = {"cosine": "cosine", "dot": "dot", "euclidean": "l2"}
 _JSON_FIELD = {b"lading:encoding": b"json"}
 _TYPE_OF_KIND = {"str": "string", "bool": "bool", "int": "int64", "float": "double"}
