@@ -112,10 +112,13 @@ def upcoming(visits: Sequence[Visit]) -> Iterator[int]:
 
     After the last of a repeated visit comes the first again, for the next forward: else what it begins with would make
     way, and a cycle through more blocks than there is room for would find none of them. The first visit of all reads
-    nothing for one that may never come.
+    nothing for one that may never come. Blocks that it is in the middle of, and gave up for one inside of them, come
+    before all.
     """
     ahead = [
-        visit.expected[visit.position :] + (visit.expected[: visit.position] if visit.is_repeated else ())
+        tuple(block for block in reversed(visit.held) if block != visit.leased)
+        + visit.expected[visit.position :]
+        + (visit.expected[: visit.position] if visit.is_repeated else ())
         for visit in visits
     ]
     for depth in range(max(map(len, ahead), default=0)):
