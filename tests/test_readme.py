@@ -69,7 +69,8 @@ def readers_folder(tmp_path, monkeypatch, minilm_path):
 
 
 def test_readme_python_runs_in_order(readers_folder):
-    names = {"Net": Net, "texts": TEXTS, "inputs": {"input_ids": torch.arange(100, 112)[None]}}
+    inputs = {"input_ids": torch.arange(100, 112)[None]}
+    names = {"Net": Net, "texts": TEXTS, "inputs": inputs, "batches": [inputs] * 3}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["model"], nn.Module)
@@ -77,6 +78,7 @@ def test_readme_python_runs_in_order(readers_folder):
     assert [tuple(names["seen"][name].shape) for name in names["seen"]] == [(1, 384)] * 2
     assert torch.equal(names["net"].inner.weight, load_file("net.safetensors")["inner.weight"])
     assert len(names["hits"]) == len(TEXTS)
+    assert len(list(names["outputs"])) == 3
 
 
 def test_readme_console_commands_run(readers_folder, capsys):
