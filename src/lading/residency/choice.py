@@ -28,7 +28,11 @@ def next_move(ledger: Ledger) -> Move | None:
     On the way, tickets that need no move are served, and a block that is in the way of one that does is closed.
     """
     ranks: dict[int, int] = {}
+    for kept in (kept for visit in ledger.visits if visit.is_party for kept in visit.expected):
+        ranks.setdefault(kept, len(ranks))
+    num_next = len(ranks)
     ahead = leaders(ledger.visits)
+    num_next += sum(1 if visit.party is None else 2 for visit in ahead)
     for needed in islice(upcoming(ahead), _LOOKAHEAD):
         ranks.setdefault(needed, len(ranks))
     for ticket in list(ledger.tickets):
@@ -51,7 +55,7 @@ def next_move(ledger: Ledger) -> Move | None:
             return Move(block, is_fetch=True)
         ledger.lend(ticket)
     ledger.closed.clear()
-    return _ahead(ledger, ranks, sum(1 if visit.party is None else 2 for visit in ahead))
+    return _ahead(ledger, ranks, num_next)
 
 
 def _make_room_for(ledger: Ledger, ticket: Ticket, ranks: dict[int, int]) -> bool:

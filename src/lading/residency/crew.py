@@ -210,11 +210,13 @@ class Crew:
             if not self._aboard or self.wants_more:
                 return self._leader
             behind = min(self._aboard, key=lambda member: member.place)
-            if self._open_block is None and behind.block is not None:
+            assert behind.block is not None, "who has not come to a block yet goes first"
+            if self._open_block is None:
                 self._width.first_block = behind.block
             else:
                 self._is_boarding = False
             self._open_block = behind.block
+            self._schedule.keep(self._the_party(), behind.block)
             here = [member for member in self._aboard if member.block == self._open_block]
         return here[0].seat
 

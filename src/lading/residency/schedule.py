@@ -5,19 +5,18 @@ is for `choice` to say; the account of blocks and threads is the `ledger`'s.
 
 A *visit* is one thread's outermost call into the model. It enters blocks one after the other and holds at most one: a
 block entered inside another gives the outer one up and takes it back afterwards, so that nobody waits while holding
-something, and nothing can deadlock. What a thread enters and is not resident becomes a *ticket*; tickets are served in
-the order in which they were drawn, before anything is fetched ahead. Where a ticket finds all room taken by blocks with
-somebody inside, one of them is *closed*: who wants to enter it draws a ticket, who is inside leaves in time.
+something, and nothing can deadlock. What is not resident becomes a *ticket*; tickets are served in the order in which
+they were drawn, before anything is fetched ahead. Where a ticket finds all room taken by blocks with somebody inside,
+one of them is *closed*: who wants to enter it draws a ticket, who is inside leaves in time.
 
-A thread that was interrupted (KeyboardInterrupt) may never say that it left. Whoever waits asks once in a while whether
-each visitor still stands in a forward, and ends the visits of those that do not.
+Whoever waits asks once in a while whether each visitor still stands in a forward, and ends the visits of those that do
+not: a thread that was interrupted (KeyboardInterrupt) may never say that it left.
 
 Guarantees that a block is resident while somebody is inside, that the room is never exceeded, and that everybody who
 waits gets in or is told why not, as long as whoever is inside leaves in time.
 
-Concurrency: any thread may call everything. `_lock` guards all fields; movers are called without it, except `enter`,
-`join`, `part`, `leave` and `begin`, which must not wait. One worker thread steps; where there is none (after a fork),
-whoever waits does.
+Concurrency: any thread may call everything. `_lock` guards all fields; movers are called without it, except what must
+not wait. One worker thread steps; where there is none (after a fork), whoever waits does.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ class Schedule:
     def __init__(self, sizes: Sequence[int], room: Room, mover: Mover, planned: Sequence[int]) -> None:
         self._mover = mover
         self._lock = threading.Lock()
-        self._is_settled = False
-        """Whether every block is here: nobody need be woken to look for one to fetch."""
+        self._is_settled = False  # whether every block is here: nobody need be woken to look for one to fetch
         self._change = threading.Condition(self._lock)
         self._ledger = Ledger(sizes, room, mover, self._change)
         self._orders = Orders(planned=tuple(planned))
@@ -63,8 +61,7 @@ class Schedule:
         self._is_shut = False
         self._is_stepping = False
         self._worker = Worker()
-        self.is_inside: Callable[[int], bool] = lambda _: True
-        """Whether a thread (its identity) may still be in a forward; must not wait."""
+        self.is_inside: Callable[[int], bool] = lambda _: True  # whether a thread (its identity) may be in a forward
         FORKS.watch(self)
 
     # Visits
@@ -93,6 +90,12 @@ class Schedule:
             self._ledger.visits.append(visit)
             self._wake()
             return visit
+
+    def keep(self, party: Visit, block: int) -> None:
+        """Count a block as the next that a convoy needs, until another one is."""
+        with self._lock:
+            party.expected = (block,)
+            self._wake()
 
     @property
     def leads_party(self) -> bool:
@@ -138,8 +141,9 @@ class Schedule:
     def end_thread(self, thread_id: int | None) -> None:
         """Close the visits of a thread that will not do so itself."""
         with self._lock:
-            for visit in [visit for visit in self._ledger.visits if visit.thread_id == thread_id]:
-                self._end(visit)
+            for visit in list(self._ledger.visits):
+                if visit.thread_id == thread_id:
+                    self._end(visit)
 
     def repair(self, keep: Visit | None) -> None:
         """Put right what an interruption of this thread, between any two lines of this file, may have left.
@@ -341,13 +345,9 @@ class Schedule:
         """Wait until nobody is inside, and keep everybody out until the block of code ends."""
         with self._lock:
             self._editors.append(threading.get_ident())
-            try:
-                self._drain()
-            except BaseException:
-                self._editors.remove(threading.get_ident())
-                self._change.notify_all()
-                raise
         try:
+            with self._lock:
+                self._drain()
             yield
         finally:
             with self._lock:
@@ -375,7 +375,7 @@ class Schedule:
             thread.join()
 
     def abandon(self) -> None:
-        """End the worker without waiting for anybody: when nobody can be inside any more. Safe in a finalizer."""
+        """End the worker without waiting: when nobody can be inside any more. Safe in a finalizer."""
         self._is_shut = True
         self._worker.end()
 
