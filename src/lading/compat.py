@@ -26,11 +26,23 @@ def keep_from_compiling(function: Callable[..., Any]) -> None:
     the tracer reads; the strategy of its code is what the interpreter's frame hook reads (torch 2.6 and later).
     """
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="lading moves weights here")
+    run_uncompiled(function)
+
+
+def run_uncompiled(function: Callable[..., Any]) -> None:
+    """Have a function run as it is where Python calls it below compiled code; traces may still go through it."""
     import torch
 
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def has_compiling_caller() -> bool:
+    """Say whether something that torch.compile made is running further up on this thread: a question to it alone."""
+    import torch
+
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 @cache

@@ -7,6 +7,7 @@ first hidden state is the input of the first layer, the last one the model's own
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -67,7 +68,7 @@ def _is_silent(inner: nn.Module) -> bool:
 
 
 def _named(group: Group, name: str) -> Group:
-    return Group(name=name, first=group.first, members=group.members, last=group.last)
+    return dataclasses.replace(group, name=name)
 
 
 def _group(path: str, owner: nn.Module, name: str) -> Group | None:
@@ -87,6 +88,7 @@ def _group(path: str, owner: nn.Module, name: str) -> Group | None:
     takes_input = all(getattr(each, "capture_initial_hidden_state", True) for each in wanted)
     return Group(
         name=_join(path, name),
+        owner=owner,
         first=None if first is None or not takes_input else _input(first),
         members=tuple(members.values()),
         last=_site(path, owner, "output[last_hidden_state]", "last_hidden_state")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lading.recording.capture import Capture, open_capture
+from lading.recording.capture import Capture
 from lading.recording.groups import Group
+from lading.recording.opening import open_capture
 from lading.recording.selection import Selection, Sink, Tokens
 
 DECLARED = ("hidden_states", "attentions", "cross_attentions", "router_logits")
