@@ -14,7 +14,7 @@ import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,7 @@ class Call:
     """Which one of the capture's calls."""
     given: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
     """The model and its arguments."""
-    thread: int
+    thread: int = field(default_factory=threading.get_ident)
     heard: set[str] = field(default_factory=set)
     strays: set[str] = field(default_factory=set)
     """Sites that some thread outside every call of the model reached meanwhile."""
@@ -80,7 +80,7 @@ def masks_above(path: str, calls: Sequence[Call]) -> tuple[Mask, ...]:
 
 def masks_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: str) -> tuple[Mask, ...]:
     """Give the mask that a call was given for the tokens at a path below it; none or one."""
-    parameters = _parameters(type(module))
+    parameters = _parameters(type(module).forward)
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     name = "decoder_attention_mask" if "decoder_input_ids" in parameters and _is_decoder(path) else "attention_mask"
     mask = given.get(name)
@@ -99,9 +99,9 @@ def _is_decoder(path: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parameters(kind: Any) -> tuple[str, ...]:
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     try:
-        return tuple(inspect.signature(kind.forward).parameters)[1:]
+        return tuple(inspect.signature(forward).parameters)[1:]
     except (TypeError, ValueError):  # of something that Python cannot look into
         return ()
 

@@ -229,9 +229,7 @@ class Capture:
                     way_out="call the model itself",
                 )
             )
-        call = Call(
-            listener=self, number=next(self._numbers), given=(module, args, kwargs), thread=threading.get_ident()
-        )
+        call = Call(listener=self, number=next(self._numbers), given=(module, args, kwargs))
         with self._lock:
             self._running.append(call)
         return call
@@ -287,9 +285,7 @@ class Capture:
                 found = site.find(args, kwargs, output)
                 if found is None:
                     continue
-                masks = (
-                    masks_above(site.path) or (calls[-1].masks if calls else ()) if self._selection.asks_mask else ()
-                )
+                masks = masks_above(site.path, calls) if self._selection.asks_mask else ()
                 kept = self._selection.choose(found, masks, site.name)
                 if self._selection.reduce is not None:
                     kept = self._selection.reduce(kept)
