@@ -29,20 +29,25 @@ def keep_from_compiling(function: Callable[..., Any]) -> None:
     run_uncompiled(function)
 
 
-def run_uncompiled(function: Callable[..., Any]) -> None:
+def run_uncompiled(function: Callable[..., Any], *, with_callees: bool = True) -> None:
     """Have a function run as it is where Python calls it below compiled code; traces may still go through it."""
     import torch
 
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    below = skip if with_callees else frames._FrameAction.DEFAULT
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, below))
 
 
-def has_compiling_caller() -> bool:
-    """Say whether something that torch.compile made is running further up on this thread: a question to it alone."""
+def compiling_caller() -> Callable[[], object]:
+    """Give the question whether something that torch.compile made runs further up on this thread; None: nothing.
+
+    It is one to the thread alone, and a function in C: one in Python would be compiled where the answer is yes.
+    """
     import torch
 
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    found: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+    return found
 
 
 @cache

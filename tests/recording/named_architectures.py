@@ -1,21 +1,19 @@
 """List the tiny transformers models that captures are held against by name, beside the zoo that loading is proven on.
 
-Entries are as in `architectures`. ``NAMED`` is the list that must be covered; ``ABSENT`` says which of it a version of
-transformers does not have, or cannot run here, and why.
+Entries are as in `architectures`. ``NAMED`` is the list that must be covered; ``ABSENT`` says which of it the installed
+transformers does not have. EdgeTAM runs on a backbone of ours in place of timm's, see `feature_maps`.
 """
 
 from __future__ import annotations
 
 import torch
+from feature_maps import FeatureMapsConfig
 
 from architectures import (
-    AVAILABLE,
     BERT,
-    CLIP_TOWER,
     CNN,
     LLAMA,
     MAJOR,
-    QWEN_TOKENS,
     SIGLIP_TOWER,
     VIT,
     VOCABULARY,
@@ -43,6 +41,18 @@ DETR = {
 }
 SMALL_BLT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 DINO = {"model_type": "dinov2", **VIT, "image_size": 16, "num_hidden_layers": 3}
+
+EDGETAM = {
+    "vision_config": {
+        "model_type": "edgetam_vision_model",
+        "backbone_config": {"model_type": FeatureMapsConfig.model_type},
+        "backbone_channel_list": [32, 24, 16, 8],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 32,
+    },
+    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+    "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 48, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
+}
 
 # fmt: off
 EXTRA = [
@@ -83,6 +93,15 @@ EXTRA = [
     entry("metaclip_2", "multimodal", "MetaClip2Model", {"text_config": {**BERT, "projection_dim": 16,
         "bos_token_id": 1, "eos_token_id": 2}, "vision_config": {**VIT, "projection_dim": 16}, "projection_dim": 16},
         lambda: {**tokens(), **images()}),
+    entry("edgetam", "vision", "EdgeTamModel", EDGETAM, lambda: {**images(64),
+        "input_points": floats(2, 1, 1, 2).abs()}),
+    entry("edgetam_video", "vision", "EdgeTamVideoModel", {**EDGETAM, "image_size": 64,
+        "memory_attention_hidden_size": 32, "memory_attention_mlp_hidden_size": 48,
+        "memory_attention_rope_feat_sizes": [4, 4], "memory_attention_rope_k_sizes": [4, 4],
+        "memory_encoder_hidden_size": 32, "memory_encoder_output_channels": 8, "mask_downsampler_embed_dim": 32,
+        "memory_fuser_embed_dim": 32, "memory_fuser_intermediate_dim": 48, "perceiver_resampler_hidden_size": 8,
+        "perceiver_resampler_mlp_intermediate_size": 16, "perceiver_resampler_num_latents": 16}, lambda: images(64),
+        forward="get_image_features", odd="its forward takes a session; the images are what has states"),
     entry("mlcd", "vision", "MLCDVisionModel", VIT, images),
 ]
 # fmt: on
@@ -93,8 +112,4 @@ NAMED = (
     "depth_pro", "doge", "edgetam", "edgetam_video", "ernie4_5_moe", "ernie4_5_vl_moe", "esm", "evolla", "llama",
     "metaclip_2", "mixtral", "mlcd", "seamless_m4t_v2", "t5", "vision_encoder_decoder", "vit", "whisper",
 )  # fmt: skip
-ABSENT = {
-    # not in transformers 4
-    **({"ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration"} if MAJOR == 4 else {}),
-}
-EVERY_NAMED = [architecture for architecture in (*AVAILABLE, *EXTRA) if architecture.is_available]
+ABSENT = {"ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration"} if MAJOR == 4 else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -182,7 +183,7 @@ def test_groups_of_functions_that_run_at_once_are_not_mixed():
     batches = [llama.inputs()["input_ids"].roll(number, 1) for number in range(8)]
     expected = [model(ids, output_hidden_states=True).hidden_states for ids in batches]
     with lading.capture(model, "hidden_states") as seen, ThreadPoolExecutor(4) as executor:
-        call = seen.bind(torch.no_grad()(lambda ids: model(ids)))
+        call = seen.bind(torch.no_grad()(model.__call__))
         list(executor.map(call, batches * 4))
     found = seen.calls("hidden_states")
     assert len(found) == 32
@@ -204,7 +205,10 @@ def test_a_layer_used_twice_and_a_child_called_alone_are_each_kept_once_a_call()
 
 def test_a_capture_of_a_part_hears_it_in_calls_of_the_whole_and_reads_its_mask_there(net):
     x, mask = x_of(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    with lading.capture(net.layers, "1", tokens="last") as part, lading.capture(net, "layers.1", tokens="last") as whole:
+    with (
+        lading.capture(net.layers, "1", tokens="last") as part,
+        lading.capture(net, "layers.1", tokens="last") as whole,
+    ):
         net(x, attention_mask=mask)
     assert torch.equal(part["1"], whole["layers.1"])
 
@@ -271,8 +275,6 @@ def test_another_threads_own_forward_is_no_part_of_a_call(net):
 
     model = Waits(net)
     with ThreadPoolExecutor(2) as executor:
-        import threading
-
         begun, opened, called, done = (threading.Event() for _ in range(4))
         other = executor.submit(model, x_of(1), lambda: (begun.set(), opened.wait(), called.wait()), done.set)
         begun.wait()
@@ -357,6 +359,15 @@ def test_a_copy_that_torch_makes_to_run_elsewhere_is_heard_or_refused_as_its_ori
     with lading.capture(model, "inner.layers.0") as seen:
         model.run = seen.bind(lambda function, x: function(x))
         assert torch.equal(model(x_of()), seen["inner.layers.0"])
+
+
+def test_a_forward_that_meets_a_hook_on_its_way_in_or_out_passes(net):
+    """torch notes a hook, and that it takes keyword arguments, in two steps, and a forward may run between them."""
+    with ThreadPoolExecutor(1) as executor, lading.capture(net, "layers.0"):
+        net._forward_pre_hooks_with_kwargs.clear()
+        net.layers[0]._forward_hooks_with_kwargs.clear()
+        found = executor.submit(net, x_of()).result()
+    assert torch.equal(found, net(x_of()))
 
 
 # Tracebacks

@@ -23,9 +23,10 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from lading.compat import has_compiling_caller, run_uncompiled
+from lading.compat import compiling_caller, run_uncompiled
 from lading.errors import CaptureError, name_list, refusal
 from lading.recording.calls import CALLS, Call, is_inside, masks_above
+from lading.recording.compiled import refuse_compiled, refuse_compiled_call
 from lading.recording.groups import Event, Group, assemble
 from lading.recording.selection import Selection
 from lading.recording.sites import Site
@@ -41,6 +42,7 @@ class Stopped(Exception):  # noqa: N818 - no error: the forward went as far as i
         self.capture = capture
 
 
+_compiling_caller = compiling_caller()
 _LISTENING: ContextVar[tuple[Capture, ...]] = ContextVar("lading_captures", default=())
 
 
@@ -210,25 +212,14 @@ class Capture:
         # No tokens: captures may overlap, and a generator that holds one may be closed in another context.
         _LISTENING.set(tuple(each for each in _LISTENING.get() if each is not self))
         CALLS.set(tuple(each for each in CALLS.get() if each.listener is not self))
+        if error is None:
+            refuse_compiled(self._model)  # meanwhile: what ran in it was not heard
         return isinstance(error, Stopped) and error.capture is self
 
     # What hooks tell
 
     def begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Note that the model is called in a listening context.
-
-        Raises:
-            CaptureError: it was compiled, so that what happens in it is not heard.
-        """
-        if has_compiling_caller():
-            raise CaptureError(
-                refusal(
-                    f"a capture of {type(module).__name__}",
-                    found="a call of what torch.compile made of it",
-                    expected="modules that run as they are: compiled code ignores hooks",
-                    way_out="call the model itself",
-                )
-            )
+        """Note that the model is called in a listening context."""
         call = Call(listener=self, number=next(self._numbers), given=(module, args, kwargs))
         with self._lock:
             self._running.append(call)
@@ -358,11 +349,12 @@ class _Stations:
                         for handle in handles.pop(key):
                             handle.remove()
 
-    def _at_site(
-        self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if is_dynamo_compiling():
-            return  # traced for somebody else: nothing of it stays in the compiled code
+    def _at_site(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        # Traced, it is for somebody else, and nothing of it stays in compiled code. Without the keyword arguments,
+        # torch saw the hook between two steps of its coming or going: no capture that listens here is open.
+        if is_dynamo_compiling() or len(rest) != 2:
+            return
+        kwargs, output = rest
         if torch._C._current_graph_task_id() != -1:
             return  # backward runs a checkpointed forward again
         standing = self._open.get(id(module), ())
@@ -373,11 +365,15 @@ class _Stations:
             for capture in list(standing):
                 capture.stray(module)
 
-    def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_dynamo_compiling() or torch._C._current_graph_task_id() != -1:
-            return
+    def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if not is_dynamo_compiling() and kwargs is not None and torch._C._current_graph_task_id() == -1:
+            self._begin(module, args, kwargs, _compiling_caller() is not None)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool) -> None:
         for capture in _LISTENING.get():
             if capture in self._roots.get(id(module), ()):
+                if is_compiled:
+                    refuse_compiled_call(module)
                 if not is_inside(module, times=2):
                     capture.drop_calls()
                 CALLS.set((*CALLS.get(), capture.begin_call(module, args, kwargs)))
@@ -392,6 +388,7 @@ class _Stations:
                 capture.end_call(calls[-1], is_complete=output is not None)
 
 
-for _hook in (_Stations._at_site, _Stations._before_root, _Stations._after_root):
+for _hook in (_Stations._at_site, _Stations._begin, _Stations._after_root):
     run_uncompiled(_hook)
+run_uncompiled(_Stations._before_root, with_callees=False)
 _STATIONS = _Stations()
