@@ -26,11 +26,28 @@ def keep_from_compiling(function: Callable[..., Any]) -> None:
     the tracer reads; the strategy of its code is what the interpreter's frame hook reads (torch 2.6 and later).
     """
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="lading moves weights here")
+    run_uncompiled(function)
+
+
+def run_uncompiled(function: Callable[..., Any], *, with_callees: bool = True) -> None:
+    """Have a function run as it is where Python calls it below compiled code; traces may still go through it."""
     import torch
 
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    below = skip if with_callees else frames._FrameAction.DEFAULT
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, below))
+
+
+def compiling_caller() -> Callable[[], object]:
+    """Give the question whether something that torch.compile made runs further up on this thread; None: nothing.
+
+    It is one to the thread alone, and a function in C: one in Python would be compiled where the answer is yes.
+    """
+    import torch
+
+    found: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+    return found
 
 
 @cache

@@ -6,7 +6,6 @@ import asyncio
 import copy
 import pickle
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -287,38 +286,6 @@ def test_other_threads_are_not_heard_and_bound_functions_are(net):
         executor.submit(seen.bind(lambda: net(x + 1))).result()
         executor.submit(net, x).result()
     assert torch.equal(seen["layers.0"], expected_layers(net, x + 1)[0])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("num_threads", "num_calls"), [(8, 60), pytest.param(8, 10_000, marks=pytest.mark.full)])
-def test_many_threads_each_get_their_own_tensors(net, num_threads, num_calls):
-    expected = [expected_layers(net, x_of(number)) for number in range(num_threads)]
-    wrong: list[object] = []
-    barrier = threading.Barrier(num_threads)
-
-    def work(number: int) -> None:
-        x = x_of(number)
-        barrier.wait()
-        try:
-            for _ in range(num_calls):
-                with torch.no_grad(), lading.capture(net, "layers.*") as seen:
-                    net(x)
-                if not all(torch.equal(seen[f"layers.{n}"], expected[number][n]) for n in range(4)):
-                    wrong.append(number)
-        except BaseException as error:  # noqa: BLE001 - reported by the assertion
-            wrong.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(num_threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not wrong
 
 
 @torch.no_grad()

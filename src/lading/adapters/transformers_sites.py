@@ -7,6 +7,7 @@ first hidden state is the input of the first layer, the last one the model's own
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -18,16 +19,33 @@ from lading.errors import CaptureError, name_list, refusal
 from lading.recording.groups import Group
 from lading.recording.sites import Site
 
+_ENDS = ("prenorm", "postnorm")
 
-def declared_groups(model: nn.Module, name: str) -> tuple[Group, ...]:
+
+def declared_groups(model: nn.Module, name: str, end: str = "") -> tuple[Group, ...]:
     """Give the groups of one name, one for each model inside that declares it.
+
+    Args:
+        model: as it is captured.
+        name: as it is declared.
+        end: of hidden states, ``"prenorm"`` for what the last layer gave, ``"postnorm"`` for the model's output;
+            empty: as the architecture says.
 
     Raises:
         CaptureError: no model inside declares it, or only some do; the message lists what is declared.
     """
+    if end and (name != "hidden_states" or end not in _ENDS):
+        raise CaptureError(
+            refusal(
+                f"site '{name}:{end}'",
+                found=f"{end!r} of {name}",
+                expected=f"hidden_states with one of {name_list(_ENDS)}",
+                way_out=f"write {name!r}",
+            )
+        )
     owners = [(path, owner) for path, owner in model.named_modules() if _declared(owner)]
     found = [(path, owner) for path, owner in owners if name in _declared(owner)]
-    groups = [group for path, owner in found if (group := _group(path, owner, name)) is not None]
+    groups = [group for path, owner in found if (group := _group(path, owner, name, end)) is not None]
     if not groups:
         known = sorted({key for _, owner in owners for key in _declared(owner)})
         raise CaptureError(
@@ -67,10 +85,10 @@ def _is_silent(inner: nn.Module) -> bool:
 
 
 def _named(group: Group, name: str) -> Group:
-    return Group(name=name, first=group.first, members=group.members, last=group.last)
+    return dataclasses.replace(group, name=name)
 
 
-def _group(path: str, owner: nn.Module, name: str) -> Group | None:
+def _group(path: str, owner: nn.Module, name: str, end: str) -> Group | None:
     declared = _declared(owner)[name]
     members: dict[str, Site] = {}
     wanted = declared if isinstance(declared, list) else [declared]
@@ -87,12 +105,18 @@ def _group(path: str, owner: nn.Module, name: str) -> Group | None:
     takes_input = all(getattr(each, "capture_initial_hidden_state", True) for each in wanted)
     return Group(
         name=_join(path, name),
+        owner=owner,
         first=None if first is None or not takes_input else _input(first),
         members=tuple(members.values()),
-        last=_site(path, owner, "output[last_hidden_state]", "last_hidden_state")
-        if name == "hidden_states" and _ends_with_own_output(owner)
-        else None,
+        last=_last(path, owner, end) if name == "hidden_states" else None,
     )
+
+
+def _last(path: str, owner: nn.Module, end: str) -> Site | None:
+    if end == "prenorm" or not (end or _ends_with_own_output(owner)):
+        return None
+    site = _site(path, owner, "output[last_hidden_state]", "last_hidden_state")
+    return dataclasses.replace(site, position=0, is_optional=not end)
 
 
 def _join(path: str, name: str) -> str:

@@ -11,24 +11,27 @@ Concurrency: hooks are counted under `_LOCK`; what was seen is guarded by each c
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
+from lading.compat import compiling_caller, run_uncompiled
 from lading.errors import CaptureError, name_list, refusal
-from lading.recording.groups import Group
+from lading.recording.calls import CALLS, Call, is_inside, masks_above
+from lading.recording.compiled import refuse_compiled, refuse_compiled_call
+from lading.recording.groups import Event, Group, assemble
 from lading.recording.selection import Selection
-from lading.recording.sites import Site, resolve
+from lading.recording.sites import Site
 
 Result = TypeVar("Result")
-_MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the forward went as far as it was asked to
@@ -39,19 +42,8 @@ class Stopped(Exception):  # noqa: N818 - no error: the forward went as far as i
         self.capture = capture
 
 
-@dataclass(slots=True)
-class _Call:
-    """One call of the captured model in a listening context. One thread, but for ``strays``."""
-
-    masks: list[torch.Tensor]
-    heard: set[str] = field(default_factory=set)
-    strays: set[str] = field(default_factory=set)
-    """Sites that some thread outside every call of the model reached meanwhile."""
-    is_stopped: bool = False
-
-
+_compiling_caller = compiling_caller()
 _LISTENING: ContextVar[tuple[Capture, ...]] = ContextVar("lading_captures", default=())
-_CALLS: ContextVar[tuple[_Call, ...]] = ContextVar("lading_captured_calls", default=())
 
 
 class Capture:
@@ -75,13 +67,13 @@ class Capture:
         self._selection = selection
         self._stop_after = stop_after
         self._groups = {group.name: group for group in groups}
-        self._order: list[str] = []
-        """The sites in the order in which they were called."""
+        self._order: list[tuple[str, int, int | None]] = []
+        """What was heard, in order: the site, which of its calls, and which call of the model; and ends of groups."""
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._kept: dict[str, list[tuple[Any, Any]]] = {site.name: [] for site in self._sites}
-        self._running: list[_Call] = []
+        self._running: list[Call] = []
         self._state = "new"
-        self._tokens: tuple[Any, Any] = (None, None)
 
     # What was seen
 
@@ -95,14 +87,17 @@ class Capture:
         """List the groups."""
         return tuple(self._groups)
 
-    def calls(self, name: str) -> list[torch.Tensor]:
-        """Give what one site was seen to give, call by call.
+    def calls(self, name: str) -> list[Any]:
+        """Give what one site was seen to give, call by call; of a group its tuples, one for each call of its model.
 
         Raises:
-            KeyError: no such site was asked for.
+            KeyError: no such site or group was asked for.
         """
+        if name in self._groups:
+            return self._tuples(self._groups[name])
         if name not in self._kept:
-            raise KeyError(refusal("seen", found=repr(name), expected=name_list(self._kept), way_out="ask for it"))
+            known = (*self._kept, *self._groups)
+            raise KeyError(refusal("seen", found=repr(name), expected=name_list(known), way_out="ask for it"))
         with self._lock:
             kept = list(self._kept[name])
         for _, event in kept:
@@ -110,20 +105,24 @@ class Capture:
                 event.synchronize()
         return [tensor for tensor, _ in kept]
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """Give the tensor of the only call.
+    def __getitem__(self, name: str) -> Any:
+        """Give the tensor of the only call, or the tuple of a group.
 
         Raises:
-            CaptureError: the site was called not at all, or several times.
+            KeyError: no such site or group was asked for.
+            CaptureError: it was called not at all, or several times.
         """
         found = self.calls(name)
         if len(found) != 1:
+            way_out = "call the model inside the capture" if not found else f"use calls({name!r})"
+            if not found and name in self._groups:
+                way_out = 'call the model; attention weights exist under attn_implementation="eager" alone'
             raise CaptureError(
                 refusal(
-                    f"site {name!r}",
+                    f"{'group' if name in self._groups else 'site'} {name!r}",
                     found=f"{len(found)} calls",
                     expected="one",
-                    way_out="call the model inside the capture" if not found else f"use calls({name!r})",
+                    way_out=way_out,
                 )
             )
         return found[0]
@@ -138,32 +137,24 @@ class Capture:
 
         Raises:
             KeyError: no such group was asked for.
-            CaptureError: nothing was seen of it.
+            CaptureError: nothing was seen of it, or several calls of its model.
         """
         if name not in self._groups:
             raise KeyError(refusal("seen", found=repr(name), expected=name_list(self._groups), way_out="ask for it"))
-        group = self._groups[name]
-        kept = {site.name: self.calls(site.name) for site in group.sites}
+        found: tuple[torch.Tensor, ...] = self[name]
+        return found
+
+    def _tuples(self, group: Group) -> list[Any]:
         with self._lock:
-            order = [each for each in self._order if any(each == site.name for site in group.members)]
-        if not order:
-            raise CaptureError(
-                refusal(
-                    f"group {name!r}",
-                    found="no tensor in it",
-                    expected="one of each layer",
-                    way_out='call the model; attention weights exist under attn_implementation="eager" alone',
-                )
-            )
-        begun = [] if group.first is None else kept[group.first.name][:1]
-        positions = dict.fromkeys(order, 0)
-        members = []
-        for each in order:
-            members.append(kept[each][positions[each]])
-            positions[each] += 1
-        if group.last is not None and kept[group.last.name]:
-            members[-1:] = kept[group.last.name][-1:]
-        return (*begun, *members)
+            order = list(self._order)
+        kept = {site.name: self.calls(site.name) for site in group.sites}
+        kept[group.name] = []  # ends of its calls have no tensor
+        events = [
+            Event(name=name, tensor=kept[name][number] if kept[name] else None, call=call)
+            for name, number, call in order
+            if name in kept
+        ]
+        return assemble(group, events)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
@@ -178,11 +169,11 @@ class Capture:
 
         @functools.wraps(function)
         def bound(*args: Any, **kwargs: Any) -> Result:
-            listening, calls = _LISTENING.set((*_LISTENING.get(), self)), _CALLS.set(())
+            listening, calls = _LISTENING.set((*_LISTENING.get(), self)), CALLS.set(())
             try:
                 return function(*args, **kwargs)
             finally:
-                _CALLS.reset(calls)
+                CALLS.reset(calls)
                 _LISTENING.reset(listening)
 
         return bound
@@ -202,31 +193,46 @@ class Capture:
                 refusal("a capture", found=f"an {self._state} one", expected="a new one", way_out="call lading.capture")
             )
         self._state = "open"
-        wanted = {*self._sites, *([self._stop_after] if self._stop_after is not None else [])}
-        _STATIONS.open(self, {id(site.module): site.module for site in wanted}.values())
-        self._tokens = _LISTENING.set((*_LISTENING.get(), self)), _CALLS.set(())
+        wanted = [site.module for site in self._sites] + [group.owner for group in self._groups.values()]
+        if self._stop_after is not None:
+            wanted.append(self._stop_after.module)
+        try:
+            _STATIONS.open(self, {id(module): module for module in wanted}.values())
+        except BaseException:
+            _STATIONS.close(self)
+            raise
+        _LISTENING.set((*_LISTENING.get(), self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         self._state = "closed"
-        listening, calls = self._tokens
-        _CALLS.reset(calls)
-        _LISTENING.reset(listening)
         _STATIONS.close(self)
+        # No tokens: captures may overlap, and a generator that holds one may be closed in another context.
+        _LISTENING.set(tuple(each for each in _LISTENING.get() if each is not self))
+        CALLS.set(tuple(each for each in CALLS.get() if each.listener is not self))
+        if error is None:
+            refuse_compiled(self._model)  # meanwhile: what ran in it was not heard
         return isinstance(error, Stopped) and error.capture is self
 
     # What hooks tell
 
-    def begin_call(self, kwargs: Mapping[str, Any]) -> _Call:
+    def begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Note that the model is called in a listening context."""
-        call = _Call(masks=[kwargs[name] for name in _MASKS if isinstance(kwargs.get(name), torch.Tensor)])
+        call = Call(listener=self, number=next(self._numbers), given=(module, args, kwargs))
         with self._lock:
             self._running.append(call)
         return call
 
-    def end_call(self, call: _Call, *, is_complete: bool) -> None:
+    def drop_calls(self) -> None:
+        """Forget calls of this context that a KeyboardInterrupt ended: torch runs no hook after one."""
+        stale = [each for each in CALLS.get() if each.listener is self]
+        with self._lock:
+            self._running = [each for each in self._running if each not in stale]
+        CALLS.set(tuple(each for each in CALLS.get() if each not in stale))
+
+    def end_call(self, call: Call, *, is_complete: bool) -> None:
         """Note that the call is over.
 
         Raises:
@@ -261,8 +267,8 @@ class Capture:
             Stopped: this was the last one that was wanted.
             CaptureError: it has no such tensor.
         """
-        calls = _CALLS.get()
-        masks = calls[-1].masks if calls else []
+        calls = [each for each in CALLS.get() if each.listener is self]
+        number = calls[-1].number if calls else None
         for site in self._sites:
             if site.module is module:
                 for call in calls:
@@ -270,20 +276,30 @@ class Capture:
                 found = site.find(args, kwargs, output)
                 if found is None:
                     continue
-                kept, event = self._selection.apply(found, masks, site.name)
+                masks = masks_above(site.path, calls) if self._selection.asks_mask else ()
+                kept = self._selection.choose(found, masks, site.name)
+                if self._selection.reduce is not None:
+                    kept = self._selection.reduce(kept)
+                kept, event = self._selection.move(kept, found)
                 if callable(self._selection.to):
                     self._selection.to(site.name, kept)
-                else:
-                    with self._lock:
-                        self._kept[site.name].append((kept, event))
-                        self._order.append(site.name)
+                    continue
+                with self._lock:
+                    self._order.append((site.name, len(self._kept[site.name]), number))
+                    self._kept[site.name].append((kept, event))
+        for group in self._groups.values():
+            if group.owner is module:
+                with self._lock:
+                    self._order.append((group.name, 0, number))
         if self._stop_after is not None and self._stop_after.module is module:
             for call in calls:
                 call.is_stopped = True
             raise Stopped(self)
 
     def stray(self, module: nn.Module) -> None:
-        """Note that a thread outside every call of the model reached a module."""
+        """Note that a module was reached where nobody listens, unless it was by a call of the model of its own."""
+        if not self._running or is_inside(self._model):
+            return
         names = {site.name for site in self._sites if site.module is module}
         with self._lock:
             for call in self._running:
@@ -303,7 +319,6 @@ class _Stations:
         self._handles: dict[int, list[RemovableHandle]] = {}
         self._roots: dict[int, list[Capture]] = {}
         self._root_handles: dict[int, list[RemovableHandle]] = {}
-        self._depth = threading.local()
 
     def open(self, capture: Capture, modules: Iterable[nn.Module]) -> None:
         with self._lock:
@@ -311,7 +326,10 @@ class _Stations:
                 captures = self._open.setdefault(id(module), [])
                 captures.append(capture)
                 if len(captures) == 1:
-                    self._handles[id(module)] = [module.register_forward_hook(self._at_site, with_kwargs=True)]
+                    self._handles[id(module)] = [
+                        # told which module it stands at: copies that torch makes to run elsewhere share its hooks
+                        module.register_forward_hook(functools.partial(self._at_site, module), with_kwargs=True)
+                    ]
             root = capture.root()
             captures = self._roots.setdefault(id(root), [])
             captures.append(capture)
@@ -331,64 +349,46 @@ class _Stations:
                         for handle in handles.pop(key):
                             handle.remove()
 
-    def _at_site(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _at_site(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        # Traced, it is for somebody else, and nothing of it stays in compiled code. Without the keyword arguments,
+        # torch saw the hook between two steps of its coming or going: no capture that listens here is open.
+        if is_dynamo_compiling() or len(rest) != 2:
+            return
+        kwargs, output = rest
         if torch._C._current_graph_task_id() != -1:
             return  # backward runs a checkpointed forward again
-        captures = [each for each in _LISTENING.get() if each in self._open.get(id(module), ())]
+        standing = self._open.get(id(module), ())
+        captures = [each for each in _LISTENING.get() if each in standing]
         for capture in captures:
             capture.hear(module, args, kwargs, output)
-        if not captures and not getattr(self._depth, "roots", 0):
-            for capture in list(self._open.get(id(module), ())):
+        if not captures:
+            for capture in list(standing):
                 capture.stray(module)
 
-    def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth.roots = getattr(self._depth, "roots", 0) + 1
+    def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if not is_dynamo_compiling() and kwargs is not None and torch._C._current_graph_task_id() == -1:
+            self._begin(module, args, kwargs, _compiling_caller() is not None)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool) -> None:
         for capture in _LISTENING.get():
             if capture in self._roots.get(id(module), ()):
-                call = capture.begin_call(kwargs)
-                _CALLS.set((*_CALLS.get(), call))
+                if is_compiled:
+                    refuse_compiled_call(module)
+                if not is_inside(module, times=2):
+                    capture.drop_calls()
+                CALLS.set((*CALLS.get(), capture.begin_call(module, args, kwargs)))
 
     def _after_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._depth.roots = max(0, getattr(self._depth, "roots", 0) - 1)
+        if is_dynamo_compiling():
+            return
         for capture in reversed(_LISTENING.get()):
-            if capture in self._roots.get(id(module), ()) and _CALLS.get():
-                *outer, call = _CALLS.get()
-                _CALLS.set(tuple(outer))
-                capture.end_call(call, is_complete=output is not None)
+            calls = [each for each in CALLS.get() if each.listener is capture]
+            if calls and capture in self._roots.get(id(module), ()):
+                CALLS.set(tuple(each for each in CALLS.get() if each is not calls[-1]))
+                capture.end_call(calls[-1], is_complete=output is not None)
 
 
+for _hook in (_Stations._at_site, _Stations._begin, _Stations._after_root):
+    run_uncompiled(_hook)
+run_uncompiled(_Stations._before_root, with_callees=False)
 _STATIONS = _Stations()
-
-
-def open_capture(
-    model: nn.Module,
-    sites: str | type[nn.Module] | Iterable[str | type[nn.Module]],
-    selection: Selection,
-    stop_after: str | None = None,
-    groups: tuple[Group, ...] = (),
-) -> Capture:
-    """Make a capture of plain sites and groups.
-
-    Raises:
-        CaptureError: a site stands for nothing, or several to stop after, or a compiled model.
-    """
-    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
-    if compiled:
-        raise CaptureError(
-            refusal(
-                type(model).__name__,
-                found=f"compiled modules: {name_list(compiled)}",
-                expected="modules that run as they are: compiled code ignores hooks",
-                way_out="capture on the model that was compiled, before it was",
-            )
-        )
-    last = resolve(model, stop_after) if stop_after is not None else ()
-    if len(last) > 1:
-        raise CaptureError(
-            refusal("stop_after", found=f"{len(last)} modules", expected="one", way_out="name the last of them")
-        )
-    return Capture(model, resolve(model, sites), selection, last[0] if last else None, groups)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

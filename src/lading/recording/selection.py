@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lading.errors import CaptureError, refusal
+from lading.recording.calls import Mask
 
 Tokens = str | int | slice | Sequence[int] | torch.Tensor | None
 Sink = Callable[[str, torch.Tensor], object]
@@ -47,23 +48,32 @@ class Selection:
                 refusal("view=True", found="dtype= or to=", expected="neither: both copy", way_out="leave view out")
             )
 
-    def apply(self, tensor: torch.Tensor, masks_BT: Sequence[torch.Tensor], name: str) -> tuple[torch.Tensor, Any]:
-        """Select, reduce, cast, move and copy.
+    @property
+    def asks_mask(self) -> bool:
+        """Whether it depends on the mask of the call."""
+        return self.mask is None and isinstance(self.tokens, str)
+
+    def choose(self, tensor: torch.Tensor, masks: Sequence[Mask], name: str) -> torch.Tensor:
+        """Take the wanted tokens of what a module gave.
 
         Args:
             tensor: as the module gave it.
-            masks_BT: of the call; the first that fits is used.
+            masks: of the call that it was given in; none: all tokens count.
             name: of the site, for messages.
+
+        Raises:
+            CaptureError: it has no tokens, or a mask that leaves out some is not of these.
+        """
+        kept = tensor.detach() if self.detach else tensor
+        return kept if self.tokens is None else self._choose(kept, masks, name)
+
+    def move(self, kept: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Cast, move and copy what was chosen and reduced of a tensor.
 
         Returns:
             The kept tensor, in a storage of its own bytes unless ``view``; and an event that must be waited for before
             it is read, or None.
         """
-        kept = tensor.detach() if self.detach else tensor
-        if self.tokens is not None:
-            kept = self._choose(kept, masks_BT, name)
-        if self.reduce is not None:
-            kept = self.reduce(kept)
         if self.dtype is not None:
             kept = kept.to(self.dtype)
         event = None
@@ -73,7 +83,7 @@ class Selection:
             kept = kept.clone(memory_format=torch.contiguous_format)
         return kept, event
 
-    def _choose(self, kept_BTD: torch.Tensor, masks_BT: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    def _choose(self, kept_BTD: torch.Tensor, masks: Sequence[Mask], name: str) -> torch.Tensor:
         if kept_BTD.dim() < 2:
             raise CaptureError(
                 refusal(
@@ -85,8 +95,8 @@ class Selection:
             )
         if not isinstance(self.tokens, str):
             return _at(kept_BTD, self.tokens)
-        given = [self.mask] if self.mask is not None else list(masks_BT)
-        mask_BT = _fitting(given, kept_BTD, name, is_given=self.mask is not None)
+        given = masks if self.mask is None else [Mask(tensor=self.mask, num_given=frozenset(), is_sure=True)]
+        mask_BT = _fitting(given, kept_BTD, name)
         if self.tokens == "mask":
             return kept_BTD[mask_BT]
         if self.tokens == "last":
@@ -107,24 +117,24 @@ def _at(kept_BTD: torch.Tensor, tokens: Any) -> torch.Tensor:
     return kept_BTD[:, torch.as_tensor(tokens, device=kept_BTD.device)]
 
 
-def _fitting(masks_BT: Sequence[torch.Tensor], kept_BTD: torch.Tensor, name: str, *, is_given: bool) -> torch.Tensor:
-    """Give the mask whose tokens these are: of their number, or longer where a cache holds the tokens before them."""
+def _fitting(masks: Sequence[Mask], kept_BTD: torch.Tensor, name: str) -> torch.Tensor:
+    """Give the mask of these tokens: of their number, or longer where a cache holds the tokens before them."""
     num_rows, num_tokens = kept_BTD.shape[:2]
-    of_rows = [mask for mask in masks_BT if mask.dim() == 2 and mask.shape[0] == num_rows]
-    exact = next((mask for mask in of_rows if mask.shape[1] == num_tokens), None)
-    longer = next((mask[:, -num_tokens:] for mask in of_rows if mask.shape[1] > num_tokens), None)
-    found = exact if exact is not None else longer
-    if found is not None:
-        return found.to(device=kept_BTD.device, dtype=torch.bool)
-    if is_given:
-        raise CaptureError(
-            refusal(
-                f"mask for site {name!r}",
-                found=f"shape {tuple(masks_BT[0].shape)}",
-                expected=f"[{num_rows}, {num_tokens}]",
-                way_out="pass a mask of the tokens that this site sees",
+    for mask in masks:
+        mask_BT = mask.tensor
+        if mask_BT.shape[0] == num_rows and mask_BT.shape[1] > num_tokens and num_tokens in mask.num_given:
+            mask_BT = mask_BT[:, -num_tokens:]
+        if mask_BT.shape == (num_rows, num_tokens):
+            return mask_BT.to(device=kept_BTD.device, dtype=torch.bool)
+        if mask.is_sure or not mask_BT.all():
+            raise CaptureError(
+                refusal(
+                    f"mask for site {name!r}",
+                    found=f"shape {tuple(mask_BT.shape)}",
+                    expected=f"[{num_rows}, {num_tokens}]",
+                    way_out="pass a mask of the tokens that this site sees",
+                )
             )
-        )
     return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=kept_BTD.device)
 
 

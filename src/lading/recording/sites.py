@@ -39,6 +39,8 @@ class Site:
     """Which of several; None for the only or the first tensor."""
     is_optional: bool = False
     """Whether calls in which it is None are passed over."""
+    position: int | None = None
+    """Where a named element stands in a plain tuple, for models that can give either; None: nowhere."""
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> torch.Tensor | None:
         """Take the tensor of this site out of one call; None for an optional one that is not there.
@@ -47,7 +49,8 @@ class Site:
             CaptureError: there is none.
         """
         value = output if self.side == "output" else _Arguments(args, kwargs)
-        found = _element(value, self.element)
+        is_plain = self.position is not None and type(value) is tuple
+        found = _element(value, self.position if is_plain else self.element)
         if found is None and self.is_optional:
             return None
         if not isinstance(found, torch.Tensor):
