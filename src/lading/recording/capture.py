@@ -372,7 +372,7 @@ def open_capture(
     Raises:
         CaptureError: a site stands for nothing, or several to stop after, or a compiled model.
     """
-    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    compiled = [name for name, module in model.named_modules() if is_compiled(module)]
     if compiled:
         raise CaptureError(
             refusal(
@@ -390,5 +390,6 @@ def open_capture(
     return Capture(model, resolve(model, sites), selection, last[0] if last else None, groups)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module runs compiled code, or stands before one that does."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
