@@ -131,7 +131,7 @@ class Owner:
         body = inspect.signature(recorder.__wrapped__).parameters
         self._named = frozenset(body)
         self._takes_any = any(each.kind is each.VAR_KEYWORD for each in body.values())
-        self.inside: tuple[int, ...] = ()
+        self.inside: frozenset[int] = frozenset()
         """The modules of the model when its sites were found."""
         self.sites: dict[int, list[Task]] = {}
         """What modules are declared for, by identity; of a recorder with hooks those of other models too."""

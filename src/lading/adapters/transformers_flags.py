@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -98,11 +99,12 @@ class FlagHandle:
         Raises:
             CaptureError: modules were compiled.
         """
-        inside = tuple(map(id, owner.model.modules()))
-        if inside != owner.inside:
+        parts = _parts(owner.model)
+        if set(map(id, parts)) != owner.inside:
             with self._lock:
                 self._install()
-        _refuse_compiled(owner.model)
+        if any(map(is_compiled, parts)):
+            _refuse_compiled(owner.model)
 
     def note(self, record: Record) -> None:
         """Note that a call which collects is running."""
@@ -123,23 +125,22 @@ class FlagHandle:
             for key, (each, recorder) in found.items()
             if recorder is not None
         }
-        sites: dict[int, nn.Module] = {}
+        below = {key: {id(each): each for each in _parts(owner.model)} for key, owner in owners.items()}
         shared: dict[int, list[Task]] = {}
-        inner: dict[int, nn.Module] = {}
-        outermost = [*owners]
+        tables = {key: shared if BY_HOOKS else {} for key in owners}
+        sites: dict[int, nn.Module] = {}
         for key, owner in owners.items():
-            below = {id(each): each for each in owner.model.modules()}
-            owner.inside, owner.sites = tuple(below), shared if BY_HOOKS else {}
-            outermost = [each for each in outermost if each == key or each not in below]
-            inner |= {each: part for each, part in below.items() if isinstance(part, PreTrainedModel)}
-        for key, owner in owners.items():
-            if BY_HOOKS and key not in outermost:
-                continue
+            if BY_HOOKS and any(key in below[around] for around in owners if around != key):
+                continue  # found from the outermost model
             for module, tasks in own_sites(owner.model):
-                table = shared if BY_HOOKS else owner.sites
-                table[id(module)], sites[id(module)] = [*table.get(id(module), ()), *tasks], module
+                tables[key][id(module)] = [*tables[key].get(id(module), ()), *tasks]
+                sites[id(module)] = module
+        every = {key: part for parts in below.values() for key, part in parts.items()}
+        inner = {key: part for key, part in every.items() if isinstance(part, PreTrainedModel)}
         self._owners = owners
         self._stand({**inner, **sites, **{key: owner.model for key, owner in owners.items()}}, sites)
+        for key, owner in owners.items():  # calls that are running meanwhile read one table or the other
+            owner.sites, owner.inside = tables[key], frozenset(below[key])
 
     def _stand(self, wanted: dict[int, nn.Module], sites: dict[int, nn.Module]) -> None:
         """Have hooks at exactly the wanted modules."""
@@ -152,46 +153,56 @@ class FlagHandle:
             handles: list[RemovableHandle] = []
             if key in sites:
                 # a replaced forward gives its output before anybody's hooks change it
-                handles.append(module.register_forward_hook(_Hook(self._after_site), prepend=not BY_HOOKS))
+                handles.append(
+                    module.register_forward_hook(_Hook(partial(self._after_site, key)), prepend=not BY_HOOKS)
+                )
                 if not BY_HOOKS:
-                    handles.append(module.register_forward_pre_hook(_Hook(self._before_site)))
+                    handles.append(module.register_forward_pre_hook(_Hook(partial(self._before_site, key))))
             if key in self._owners:
                 owner = self._owners[key]
                 handles += [
                     module.register_forward_pre_hook(_Hook(owner.before), with_kwargs=True),
-                    module.register_forward_hook(_Hook(owner.after), with_kwargs=True, always_call=True),
+                    module.register_forward_hook(_Hook(owner.after), prepend=True, with_kwargs=True, always_call=True),
                 ]
             elif isinstance(module, PreTrainedModel):
                 handles.append(module.register_forward_pre_hook(_Hook(_at_inner_model), with_kwargs=True))
             self._handles[key] = module, handles
 
-    def _before_site(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_site(self, site: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         for record in records():
-            for key, _, takes_input in record.owner.sites.get(id(module), ()):
+            for key, _index, takes_input in record.owner.sites.get(site, ()):
                 if takes_input and key in record.keys:
                     record.begin(key, args)
 
-    def _after_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_site(self, site: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for record in records():
-            for key, index, takes_input in record.owner.sites.get(id(module), ()):
+            for key, index, takes_input in record.owner.sites.get(site, ()):
                 if key not in record.keys:
                     continue
-                record.heard.add(id(module))
+                record.heard.add(site)
                 if takes_input:
                     record.begin(key, args)
                 value = output[index] if isinstance(output, tuple) else output
                 if value is not None or not (isinstance(output, tuple) or key == "hidden_states"):
                     record.append(key, value)
         if self._running and not CALLS.get() and torch._C._current_graph_task_id() == -1:
-            self._stray(id(module))
+            self._stray(site)
 
-    def _stray(self, key: int) -> None:
+    def _stray(self, site: int) -> None:
         """Note that a thread outside every call reached a module."""
         with self._lock:
             for record in self._running:
-                tasks = record.owner.sites.get(key, ())
-                if key in record.owner.inside and any(name in record.keys for name, _, _ in tasks):
-                    record.strays.add(key)
+                tasks = record.owner.sites.get(site, ())
+                if site in record.owner.inside and any(name in record.keys for name, _, _ in tasks):
+                    record.strays.add(site)
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """List a model's modules: at each call that asks for anything, so faster than its generator does."""
+    parts = [model]
+    for part in parts:
+        parts.extend(child for child in part._modules.values() if child is not None)
+    return parts
 
 
 def _at_inner_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

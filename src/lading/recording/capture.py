@@ -392,4 +392,4 @@ def open_capture(
 
 def is_compiled(module: nn.Module) -> bool:
     """Say whether a module runs compiled code, or stands before one that does."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
