@@ -115,6 +115,18 @@ def test_gradient_checkpointing_records_each_layer_once_and_gives_the_same_gradi
     assert same(*gradients)
 
 
+def test_a_checkpointed_graph_keeps_nothing_that_was_recorded():
+    model = build(BY_NAME["qwen3"]).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with thread_safe_outputs(model):
+        output = model(input_ids=ROWS[0], output_attentions=True, use_cache=False)
+        loss, weights = output.logits.sum(), [weakref.ref(each) for each in output.attentions]
+        del output
+        gc.collect()
+        assert [each() for each in weights] == [None] * len(model.model.layers)
+        loss.backward()
+
+
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_a_whole_call_that_is_checkpointed_has_its_states_again_in_backward(is_reentrant):
     model = llama()

@@ -82,8 +82,9 @@ class Record:
         kept.append(None if is_left_out else value)
 
     def fill(self, output: Any) -> Any:
-        """Put everything into the model's output."""
-        for key, kept in self.kept.items():
+        """Put everything into the model's output, and let go of it: what is checkpointed keeps the call's flags."""
+        found, self.kept = self.kept, {}
+        for key, kept in found.items():
             if key == "hidden_states" and kept and kept[-1] is not None and ends_with_own_output(self.owner.model):
                 names = [each for each in ("vision_hidden_states", "last_hidden_state") if hasattr(output, each)]
                 kept[-1] = getattr(output, names[0]) if names else kept[-1]
