@@ -25,6 +25,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from lading.adapters.model_request import ModelRequest, load_generation_config
+from lading.adapters.transformers_flags import thread_safe_outputs  # noqa: F401 - public here
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import is_plain_float, require_compatible, torch_dtype
 from lading.checkpoint.empty import empty

@@ -96,7 +96,7 @@ def _group(path: str, owner: nn.Module, name: str, end: str) -> Group | None:
     for member_path, module in _own_modules(owner):
         for each in wanted:
             index = getattr(each, "index", 0 if is_hidden else 1)
-            if _is_meant(each, member_path, module):
+            if is_meant(each, member_path, module):
                 full = _join(path, member_path)
                 members.setdefault(full, _site(full, module, f"output[{index}]", index))
     if not members:
@@ -113,7 +113,7 @@ def _group(path: str, owner: nn.Module, name: str, end: str) -> Group | None:
 
 
 def _last(path: str, owner: nn.Module, end: str) -> Site | None:
-    if end == "prenorm" or not (end or _ends_with_own_output(owner)):
+    if end == "prenorm" or not (end or ends_with_own_output(owner)):
         return None
     site = _site(path, owner, "output[last_hidden_state]", "last_hidden_state")
     return dataclasses.replace(site, position=0, is_optional=not end)
@@ -141,7 +141,8 @@ def _own_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _is_meant(declared: Any, path: str, module: nn.Module) -> bool:
+def is_meant(declared: Any, path: str, module: nn.Module) -> bool:
+    """Say whether a declaration means a module; the path is that below the declaring model, or below one around it."""
     target = getattr(declared, "target_class", declared)
     suffix = getattr(declared, "class_name", None) or (declared if isinstance(declared, str) else None)
     part = getattr(declared, "layer_name", None)
@@ -149,7 +150,7 @@ def _is_meant(declared: Any, path: str, module: nn.Module) -> bool:
     return is_one and (part is None or f".{part.strip('.')}." in f".{path}.")
 
 
-def _ends_with_own_output(owner: nn.Module) -> bool:
+def ends_with_own_output(owner: nn.Module) -> bool:
     """Say whether the last hidden state is the model's output: what its configuration, else its decorator says."""
     said = getattr(owner.config, "tie_last_hidden_states", None)
     forward: Any = type(owner).forward

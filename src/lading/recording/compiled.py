@@ -17,11 +17,7 @@ def refuse_compiled(model: nn.Module) -> None:
     Raises:
         CaptureError: modules are compiled in place, or stand for what torch.compile made of others.
     """
-    compiled = [
-        name
-        for name, module in model.named_modules()
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    ]
+    compiled = [name for name, module in model.named_modules() if is_compiled(module)]
     if compiled:
         raise CaptureError(
             refusal(
@@ -31,6 +27,11 @@ def refuse_compiled(model: nn.Module) -> None:
                 way_out="capture on the model that was compiled, before it was",
             )
         )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module runs compiled code, or stands before one that does."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def refuse_compiled_call(model: nn.Module) -> NoReturn:
