@@ -1,7 +1,7 @@
 """Take along what a call finds around it: what torch and Python keep for each thread, and what they keep for all.
 
-Kept for each thread: grad and inference mode, autocast, default device, context variables (captures among them), the
-accelerator's current device and stream. An `Ambience` is taken in one thread and entered in another. Kept for all: the
+Kept for each thread: grad and inference mode, autocast, default device, context variables (captures among them), how
+many threads torch computes with, the accelerator's current device and stream. An `Ambience` is taken in one thread and entered in another. Kept for all: the
 states of random generators and the default dtype. `Luggage` holds one micro-batch's of these while others have theirs.
 What else a thread may hold (dispatch modes, hooks for saved tensors, Python's and NumPy's random states) stays behind.
 """
@@ -23,6 +23,7 @@ class Ambience:
     """Hold what the thread that makes it finds around it. Immutable; entered once."""
 
     def __init__(self) -> None:
+        self._num_threads = torch.get_num_threads()
         self._is_grad_enabled = torch.is_grad_enabled()
         self._is_inference = torch.is_inference_mode_enabled()
         self._device = torch.get_default_device()
@@ -40,6 +41,8 @@ class Ambience:
         return self._context.run(self._run, function)
 
     def _run(self, function: Callable[[], Result]) -> Result:
+        if torch.get_num_threads() != self._num_threads:  # to ask sets a new thread up
+            torch.set_num_threads(self._num_threads)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._is_inference))
             stack.enter_context(torch.set_grad_enabled(self._is_grad_enabled))
