@@ -1,9 +1,10 @@
 """Take along what a call finds around it: what torch and Python keep for each thread, and what they keep for all.
 
 Kept for each thread: grad and inference mode, autocast, default device, context variables (captures among them), how
-many threads torch computes with, the accelerator's current device and stream. An `Ambience` is taken in one thread and entered in another. Kept for all: the
-states of random generators and the default dtype. `Luggage` holds one micro-batch's of these while others have theirs.
-What else a thread may hold (dispatch modes, hooks for saved tensors, Python's and NumPy's random states) stays behind.
+many threads torch computes with, the accelerator's current device and stream. An `Ambience` is taken in one thread and
+entered in another. Kept for all: the states of random generators and the default dtype. `Luggage` holds one
+micro-batch's of these while others have theirs. What else a thread may hold (dispatch modes, hooks for saved tensors,
+Python's and NumPy's random states) stays behind.
 """
 
 from __future__ import annotations
