@@ -83,7 +83,7 @@ class Capture:
     @property
     def names(self) -> tuple[str, ...]:
         """List the sites."""
-        return self._log.names
+        return tuple(self._log.names)
 
     @property
     def groups(self) -> tuple[str, ...]:

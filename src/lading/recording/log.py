@@ -24,7 +24,7 @@ class Log:
         self._filed: dict[str, list[tuple[torch.Tensor, Any]]] = {name: [] for name in names}
         self._num_filed = 0
         self._lock = threading.Lock()
-        self.names = tuple(self._filed)
+        self.names = self._filed.keys()
         self.note: Callable[[Row], None] = self._cells.extend
         """Adds the four cells of an entry."""
 
