@@ -47,7 +47,8 @@ class Stopped(Exception):  # noqa: N818 - no error: the forward went as far as i
 
 _compiling_caller = compiling_caller()
 _graph_task = torch._C._current_graph_task_id
-_LISTENING: ContextVar[tuple[Capture, ...]] = ContextVar("lading_captures", default=())
+_LISTENING: ContextVar[tuple[tuple[Capture, Ear], ...]] = ContextVar("lading_captures", default=())
+"""With its ear: a capture answers for names of its own, and is slow to look anything up on."""
 
 
 class Capture:
@@ -161,7 +162,7 @@ class Capture:
 
         @functools.wraps(function)
         def bound(*args: Any, **kwargs: Any) -> Result:
-            listening, calls = _LISTENING.set((*_LISTENING.get(), self)), CALLS.set(())
+            listening, calls = _LISTENING.set((*_LISTENING.get(), (self, self.ear))), CALLS.set(())
             try:
                 return function(*args, **kwargs)
             finally:
@@ -194,7 +195,7 @@ class Capture:
         except BaseException:
             _STATIONS.close(self)
             raise
-        _LISTENING.set((*_LISTENING.get(), self))
+        _LISTENING.set((*_LISTENING.get(), (self, self.ear)))
         return self
 
     def __exit__(
@@ -204,7 +205,7 @@ class Capture:
         self.ear.close()
         _STATIONS.close(self)
         # No tokens: captures may overlap, and a generator that holds one may be closed in another context.
-        _LISTENING.set(tuple(each for each in _LISTENING.get() if each is not self))
+        _LISTENING.set(tuple(each for each in _LISTENING.get() if each[0] is not self))
         CALLS.set(tuple(each for each in CALLS.get() if each.listener is not self))
         if error is None:
             refuse_compiled(self._model)  # meanwhile: what ran in it was not heard
@@ -349,8 +350,7 @@ class _Stations:
         if _graph_task() != -1:
             return  # backward runs a checkpointed forward again
         is_heard, calls = False, CALLS.get()
-        for capture in _LISTENING.get():
-            ear = capture.ear
+        for capture, ear in _LISTENING.get():
             name = ear.whole.get(id(module))
             if (
                 name is not None
@@ -373,7 +373,7 @@ class _Stations:
             self._begin(module, args, kwargs, _compiling_caller() is not None)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool) -> None:
-        for capture in _LISTENING.get():
+        for capture, _ in _LISTENING.get():
             if capture in self._roots.get(id(module), ()):
                 if is_compiled:
                     refuse_compiled_call(module)
@@ -384,7 +384,7 @@ class _Stations:
     def _after_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if is_dynamo_compiling():
             return
-        for capture in reversed(_LISTENING.get()):
+        for capture, _ in reversed(_LISTENING.get()):
             calls = [each for each in CALLS.get() if each.listener is capture]
             if calls and capture in self._roots.get(id(module), ()):
                 CALLS.set(tuple(each for each in CALLS.get() if each is not calls[-1]))
