@@ -73,7 +73,7 @@ def render_model(record: Mapping[str, Any], which: str) -> str:
     ]
     for name, each in found.items():
         cells = [spread(each[cell], model["digits"]) for cell in ("never", "after", "inside", "whole")]
-        added = each["whole"]["median"] / each["never"]["median"] - 1
+        added = each["whole"]["median"] / each["after"]["median"] - 1  # in turns with it
         ours = found["lading"]["whole"]["median"] / each["whole"]["median"]
         lines.append(f"| {record['titles'][name]} | {' | '.join(cells)} | {added:+.1%} | {ours:.2f} |")
     return "\n".join(lines)
