@@ -65,7 +65,7 @@ def sizes_of(*, tiny: bool) -> dict[str, dict[str, Any]]:
     cases = {
         "small": ("24 layers of width 128, 2×16 tokens", small, (2, 16), many, "float32", 2),
         "layout": ("2 layers of Llama 3 8B's layout, bf16, 2×56 tokens", layout, (2, 56), many // 6, "bfloat16", 1),
-        "memory": ("24 layers of width 256, 8×512 tokens", wide, (8, 512), many // 6, "float32", 1),
+        "memory": ("24 layers of width 256, 8×512 tokens", wide, (8, 512), 1, "float32", 1),
         "stop": ("24 layers of width 256, 8×128 tokens", wide, (8, 128), many // 2, "float32", 1),
         "threads": ("24 layers of width 128, 2×16 tokens", small, (2, 16), many, "float32", 1),
     }
