@@ -8,7 +8,7 @@ T4 := .venv-t4/bin/python
 PYTEST := -m pytest -n $(CORES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-t5 test-t4 lint format bench clean env env-demo env-t5 env-t4
+.PHONY: help demo test test-all test-t5 test-t4 lint format bench clean env env-demo env-t5 env-t4 env-peers
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,7 +51,10 @@ env-t5:
 env-t4:
 	@$(PYTHON) requirements/make_env.py t4
 
+env-peers: ## make the environment of nnsight and TransformerLens, for bench_capture alone
+	@$(PYTHON) requirements/make_env.py peers
+
 clean: ## delete the environments, caches and whatever the demo wrote
-	rm -rf .venv-t5 .venv-t4 .demo .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv-t5 .venv-t4 .venv-peers .demo .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

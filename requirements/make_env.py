@@ -3,6 +3,7 @@
     python3 requirements/make_env.py demo   # .venv-t5 with what the demo needs
     python3 requirements/make_env.py t5     # the same environment with every test tool
     python3 requirements/make_env.py t4     # .venv-t4: transformers 4 and flair
+    python3 requirements/make_env.py peers  # .venv-peers: what only benchmarks compare with
 
 An environment is made in stages. A finished stage leaves a stamp that holds the fingerprint of everything it was made
 from: this script, the requirement files, the dependencies in pyproject.toml, the interpreter and the folder. Where the
@@ -37,6 +38,7 @@ ENVIRONMENTS: dict[str, tuple[str, str, dict[str, list[list[str]]]]] = {
         },
     ),
     "t4": (".venv-t4", "constraints-t4.txt", {"t4": [[*LADING, "-r", "t4.txt"]]}),
+    "peers": (".venv-peers", "constraints-peers.txt", {"peers": [["-r", "peers.txt"]]}),
 }
 
 

@@ -80,10 +80,9 @@ def capture(  # noqa: PLR0913 - each says one thing about what is kept
     asked = [sites] if isinstance(sites, (str, type)) else list(sites)
     plain: list[str | type[nn.Module]] = []
     groups: list[Group] = []
-    names = dict(model.named_modules())
     for each in asked:
         name, _, end = each.partition(":") if isinstance(each, str) else ("", "", "")
-        if name in DECLARED and name not in names:
+        if name in DECLARED and name not in dict(model.named_children()):
             from lading.adapters.transformers_sites import declared_groups
 
             groups += declared_groups(model, name, end)

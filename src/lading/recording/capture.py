@@ -5,7 +5,8 @@ is told by a context variable: threads that did not open the capture, and were n
 heard, whatever they call meanwhile; tasks begun inside it are. Never asked: whether anything is compiling. That is a
 question to the whole process.
 
-Concurrency: hooks are counted under `_LOCK`; what was seen is guarded by each capture's own lock.
+Concurrency: hooks are counted under `_Stations._lock`. What is heard goes to the end of a list, which needs no
+lock; what is read of it, and which calls run, is guarded by each capture's own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from lading.compat import compiling_caller, run_uncompiled
 from lading.errors import CaptureError, name_list, refusal
 from lading.recording.calls import CALLS, Call, is_inside, masks_above
 from lading.recording.compiled import refuse_compiled, refuse_compiled_call
+from lading.recording.ear import Ear
 from lading.recording.groups import Event, Group, assemble
+from lading.recording.log import Log
 from lading.recording.selection import Selection
 from lading.recording.sites import Site
 
@@ -43,7 +46,9 @@ class Stopped(Exception):  # noqa: N818 - no error: the forward went as far as i
 
 
 _compiling_caller = compiling_caller()
-_LISTENING: ContextVar[tuple[Capture, ...]] = ContextVar("lading_captures", default=())
+_graph_task = torch._C._current_graph_task_id
+_LISTENING: ContextVar[tuple[tuple[Capture, Ear], ...]] = ContextVar("lading_captures", default=())
+"""With its ear: a capture answers for names of its own, and is slow to look anything up on."""
 
 
 class Capture:
@@ -67,11 +72,10 @@ class Capture:
         self._selection = selection
         self._stop_after = stop_after
         self._groups = {group.name: group for group in groups}
-        self._order: list[tuple[str, int, int | None]] = []
-        """What was heard, in order: the site, which of its calls, and which call of the model; and ends of groups."""
+        self._log = Log(site.name for site in self._sites)
+        self.ear = Ear(note=self._log.note, keep=selection.keep_whole, is_bare=selection.view)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._kept: dict[str, list[tuple[Any, Any]]] = {site.name: [] for site in self._sites}
         self._running: list[Call] = []
         self._state = "new"
 
@@ -80,7 +84,7 @@ class Capture:
     @property
     def names(self) -> tuple[str, ...]:
         """List the sites."""
-        return tuple(self._kept)
+        return tuple(self._log.names)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -95,15 +99,10 @@ class Capture:
         """
         if name in self._groups:
             return self._tuples(self._groups[name])
-        if name not in self._kept:
-            known = (*self._kept, *self._groups)
+        if name not in self._log.names:
+            known = (*self._log.names, *self._groups)
             raise KeyError(refusal("seen", found=repr(name), expected=name_list(known), way_out="ask for it"))
-        with self._lock:
-            kept = list(self._kept[name])
-        for _, event in kept:
-            if event is not None:
-                event.synchronize()
-        return [tensor for tensor, _ in kept]
+        return self._log.tensors_of(name)
 
     def __getitem__(self, name: str) -> Any:
         """Give the tensor of the only call, or the tuple of a group.
@@ -145,22 +144,16 @@ class Capture:
         return found
 
     def _tuples(self, group: Group) -> list[Any]:
-        with self._lock:
-            order = list(self._order)
-        kept = {site.name: self.calls(site.name) for site in group.sites}
-        kept[group.name] = []  # ends of its calls have no tensor
-        events = [
-            Event(name=name, tensor=kept[name][number] if kept[name] else None, call=call)
-            for name, number, call in order
-            if name in kept
-        ]
+        names = {group.name, *(site.name for site in group.sites)}
+        rows = self._log.rows(names)
+        events = [Event(name=name, tensor=tensor, call=number) for name, tensor, _, number in rows]
         return assemble(group, events)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
+        return iter(self._log.names)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._log.names)
 
     # Who listens
 
@@ -169,7 +162,7 @@ class Capture:
 
         @functools.wraps(function)
         def bound(*args: Any, **kwargs: Any) -> Result:
-            listening, calls = _LISTENING.set((*_LISTENING.get(), self)), CALLS.set(())
+            listening, calls = _LISTENING.set((*_LISTENING.get(), (self, self.ear))), CALLS.set(())
             try:
                 return function(*args, **kwargs)
             finally:
@@ -193,24 +186,26 @@ class Capture:
                 refusal("a capture", found=f"an {self._state} one", expected="a new one", way_out="call lading.capture")
             )
         self._state = "open"
-        wanted = [site.module for site in self._sites] + [group.owner for group in self._groups.values()]
+        others = [group.owner for group in self._groups.values()]
         if self._stop_after is not None:
-            wanted.append(self._stop_after.module)
+            others.append(self._stop_after.module)
+        modules = self.ear.open(self._sites, others, is_whole=self._selection.is_whole)
         try:
-            _STATIONS.open(self, {id(module): module for module in wanted}.values())
+            _STATIONS.open(self, modules)
         except BaseException:
             _STATIONS.close(self)
             raise
-        _LISTENING.set((*_LISTENING.get(), self))
+        _LISTENING.set((*_LISTENING.get(), (self, self.ear)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         self._state = "closed"
+        self.ear.close()
         _STATIONS.close(self)
         # No tokens: captures may overlap, and a generator that holds one may be closed in another context.
-        _LISTENING.set(tuple(each for each in _LISTENING.get() if each is not self))
+        _LISTENING.set(tuple(each for each in _LISTENING.get() if each[0] is not self))
         CALLS.set(tuple(each for each in CALLS.get() if each.listener is not self))
         if error is None:
             refuse_compiled(self._model)  # meanwhile: what ran in it was not heard
@@ -240,7 +235,8 @@ class Capture:
         """
         with self._lock:
             self._running = [each for each in self._running if each is not call]
-        missed = sorted(call.strays - call.heard)
+        heard = {name for name, _, _, number in self._log.rows(call.strays) if number == call.number}
+        missed = sorted(call.strays - call.heard - heard)
         if is_complete and missed:
             raise CaptureError(
                 refusal(
@@ -269,28 +265,24 @@ class Capture:
         """
         calls = [each for each in CALLS.get() if each.listener is self]
         number = calls[-1].number if calls else None
-        for site in self._sites:
-            if site.module is module:
-                for call in calls:
-                    call.heard.add(site.name)
-                found = site.find(args, kwargs, output)
-                if found is None:
-                    continue
-                masks = masks_above(site.path, calls) if self._selection.asks_mask else ()
-                kept = self._selection.choose(found, masks, site.name)
-                if self._selection.reduce is not None:
-                    kept = self._selection.reduce(kept)
-                kept, event = self._selection.move(kept, found)
-                if callable(self._selection.to):
-                    self._selection.to(site.name, kept)
-                    continue
-                with self._lock:
-                    self._order.append((site.name, len(self._kept[site.name]), number))
-                    self._kept[site.name].append((kept, event))
+        for site in self.ear.sites.get(id(module), ()):
+            for call in calls:
+                call.heard.add(site.name)
+            found = site.find(args, kwargs, output)
+            if found is None:
+                continue
+            masks = masks_above(site.path, calls) if self._selection.asks_mask else ()
+            kept = self._selection.choose(found, masks, site.name)
+            if self._selection.reduce is not None:
+                kept = self._selection.reduce(kept)
+            kept, event = self._selection.move(kept, found)
+            if callable(self._selection.to):
+                self._selection.to(site.name, kept)
+            else:
+                self.ear.note((site.name, kept, event, number))
         for group in self._groups.values():
             if group.owner is module:
-                with self._lock:
-                    self._order.append((group.name, 0, number))
+                self.ear.note((group.name, None, None, number))
         if self._stop_after is not None and self._stop_after.module is module:
             for call in calls:
                 call.is_stopped = True
@@ -355,22 +347,33 @@ class _Stations:
         if is_dynamo_compiling() or len(rest) != 2:
             return
         kwargs, output = rest
-        if torch._C._current_graph_task_id() != -1:
+        if _graph_task() != -1:
             return  # backward runs a checkpointed forward again
-        standing = self._open.get(id(module), ())
-        captures = [each for each in _LISTENING.get() if each in standing]
-        for capture in captures:
-            capture.hear(module, args, kwargs, output)
-        if not captures:
-            for capture in list(standing):
+        is_heard, calls = False, CALLS.get()
+        for capture, ear in _LISTENING.get():
+            name = ear.whole.get(id(module))
+            if (
+                name is not None
+                and output.__class__ is torch.Tensor
+                and len(calls) == 1
+                and calls[0].listener is capture
+            ):
+                is_heard = True
+                kept = output if ear.is_bare and not output.requires_grad else ear.keep(output)
+                ear.note((name, kept, None, calls[0].number))
+            elif id(module) in ear.sites:
+                is_heard = True
+                capture.hear(module, args, kwargs, output)
+        if not is_heard:
+            for capture in list(self._open.get(id(module), ())):
                 capture.stray(module)
 
     def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if not is_dynamo_compiling() and kwargs is not None and torch._C._current_graph_task_id() == -1:
+        if not is_dynamo_compiling() and kwargs is not None and _graph_task() == -1:
             self._begin(module, args, kwargs, _compiling_caller() is not None)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool) -> None:
-        for capture in _LISTENING.get():
+        for capture, _ in _LISTENING.get():
             if capture in self._roots.get(id(module), ()):
                 if is_compiled:
                     refuse_compiled_call(module)
@@ -381,7 +384,7 @@ class _Stations:
     def _after_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if is_dynamo_compiling():
             return
-        for capture in reversed(_LISTENING.get()):
+        for capture, _ in reversed(_LISTENING.get()):
             calls = [each for each in CALLS.get() if each.listener is capture]
             if calls and capture in self._roots.get(id(module), ()):
                 CALLS.set(tuple(each for each in CALLS.get() if each is not calls[-1]))
