@@ -82,6 +82,8 @@ class Width:
         self._margin = self._least_margin = _MARGIN_ON_CPU if supply.settle is None else _MARGIN
         self._learned: tuple[float, float] | None = None
         """Bytes that the last crossing fetched, and how much longer a micro-batch took than in its first block."""
+        self._first_block_s: float | None = None
+        """How long that was, on average."""
         self.first_block = 0
         """The block that this crossing opened first."""
         self._batches = self._crossings = 0
@@ -130,17 +132,17 @@ class Width:
         """Say how many micro-batches' computing hides the fetching of one crossing."""
         rate = self._supply.pace.bytes_per_s
         timed = [job.first_block_s for job in self._jobs if job.first_block_s is not None]
-        if not timed:
-            return inf if self._learned is None and not self._is_one_call else 1
-        if rate is None:
+        first_s = sum(timed) / len(timed) if timed else self._first_block_s
+        if first_s is None:
+            return 1 if self._is_one_call else inf
+        if rate is None or (self._learned is None and not self._is_one_call):
             return inf
         if self._learned is not None:
             num_bytes, ratio = self._learned
         else:
             num_bytes = sum(self._supply.sizes)
             ratio = num_bytes / max(1, self._supply.sizes[self.first_block])
-        member_s = ratio * sum(timed) / len(timed)
-        return self._margin * num_bytes / rate / max(member_s, 1e-9)
+        return self._margin * num_bytes / rate / max(ratio * first_s, 1e-9)
 
     def end(self, counts: Counts) -> None:
         """Note that a crossing is over, and learn from it."""
@@ -160,7 +162,7 @@ class Width:
         self._is_hidden = self._wait_s <= _WAITED_SHARE * (self._run_s + self._wait_s)
         first_s = sum(job.first_block_s or 0.0 for job in self._jobs)
         if first_s:
-            self._learned = fetched, run_s / first_s
+            self._learned, self._first_block_s = (fetched, run_s / first_s), first_s / len(self._jobs)
         if wait_s > _WAITED_SHARE * (run_s + wait_s) and self._limited_by == "enough":
             self._margin = min(self._margin * _MORE, self._least_margin * _MOST_OF_IT)
 
