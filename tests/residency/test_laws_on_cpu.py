@@ -15,6 +15,7 @@ import pytest
 import torch
 from chain import BLOCK_BYTES, DEVICE_MAP, Chain, seeded
 from crowd import run_together
+from laws import budget_of, same_bits, traces
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -23,40 +24,9 @@ import lading
 import models
 from architectures import AVAILABLE
 from lading.residency.residency import Residency
-from zoo import BY_NAME, EVERY, QUIET, tensors
+from zoo import BY_NAME, EVERY, QUIET
 
 pytestmark = QUIET
-
-
-def same_bits(left: object, right: object) -> bool:
-    pairs = list(zip(tensors(left), tensors(right), strict=True))
-    return bool(pairs) and all(
-        a == b and x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num()) for (a, x), (b, y) in pairs
-    )
-
-
-def traces(model: nn.Module) -> dict[str, object]:
-    """List everything that lading could leave on a model's modules."""
-    found: dict[str, object] = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            found[f"{name}|{key}"] = list(value) if isinstance(value, dict) else None
-    return found
-
-
-def budget_of(model: nn.Module, share: float) -> dict[str, int]:
-    """Give the CPU so much of what the plan at least needs and the whole model takes."""
-    total = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    low, high = 0, 3 * total + (1 << 20)
-    while high - low > max(64, total // 64):
-        middle = (low + high) // 2
-        try:
-            lading.plan(model, {"cpu": middle})
-        except lading.PlanError:
-            low = middle
-        else:
-            high = middle
-    return {"cpu": high + int(share * max(0, total - high))}
 
 
 @pytest.mark.filterwarnings("ignore::lading.PlanWarning")

@@ -7,12 +7,11 @@ import threading
 import pytest
 import torch
 from fake_device import POISON, LazyDevice
+from laws import opened, streamed_plan
 from torch import nn
 
 import lading
 import models
-from lading.residency.residency import Residency
-from lading.residency.settings import Settings
 from zoo import EVERY, QUIET, named_tensors, tensors
 
 pytestmark = [
@@ -24,21 +23,6 @@ NETS = [
     for each in vars(models).values()
     if isinstance(each, type) and issubclass(each, nn.Module) and each not in (nn.Module, models.Symmetric)
 ]
-
-
-def streamed_plan(model: nn.Module, share: float, homes: tuple[str, ...] = ("cpu",)) -> lading.Plan:
-    """Plan the least share at or above the one given that can run from slots."""
-    total = sum({id(each): each.nbytes for each in named_tensors(model).values()}.values())
-    rooms = {"cpu": 4 * total + 100, "disk": 4 * total + 100}
-    while True:
-        try:
-            return lading.plan(model, {0: int(total * share), **{home: rooms[home] for home in homes}})
-        except lading.PlanError:
-            share += 0.1
-
-
-def opened(model: nn.Module, plan: lading.Plan, device: LazyDevice, **options) -> Residency:
-    return Residency(model, plan, Settings(transfers=lambda _: device, **options))
 
 
 def outputs_of(model: nn.Module, inputs: dict) -> list[torch.Tensor]:

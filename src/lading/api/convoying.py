@@ -86,7 +86,7 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
         from lading.adapters.generation import refuse_static_cache
 
         refuse_static_cache(module if model is not module else None, constants)
-    base = int(torch.randint(_SEEDS - 1, ())) if seed is None else seed
+    base = int(torch.randint(_SEEDS - 1, (), device="cpu")) if seed is None else seed
 
     def call(batch: Any) -> Any:
         return model(*_positional(batch), **_named(batch), **constants)

@@ -84,9 +84,20 @@ class Convoy(Iterator[Any]):
         if job is None:
             self._raise_of_source()
             raise StopIteration
-        if job.error is not None and not self._returns_errors:
-            raise job.error
-        return job.output if job.error is None else job.error
+        return self._handed_out(job)
+
+    def _handed_out(self, job: Job) -> Any:
+        error = job.error
+        if error is None:
+            return job.output
+        if self._returns_errors and isinstance(error, Exception):
+            return error
+        try:
+            if isinstance(error, StopIteration):  # it would end the iteration, as in a generator
+                raise RuntimeError(f"batch {job.index} raised StopIteration") from error
+            raise error
+        finally:
+            del error, job  # the error's frames hold these, and would hold it
 
     def _next(self, crew: Crew) -> Job | None:
         while crew.next_index not in crew.done:
@@ -151,7 +162,9 @@ class Convoy(Iterator[Any]):
         )
 
     def close(self) -> None:
-        """Have micro-batches under way leave the model, and end their threads. Twice is fine."""
+        """Have micro-batches under way leave the model, and end their threads. Twice is fine, and so is a fork's child."""
+        if self._process != os.getpid():
+            return
         with self._used_alone():
             self._close()
 

@@ -111,7 +111,7 @@ class Crew:
         call = partial(ambience.run, partial(self._crossings.call, batch))
         job = Job(index=index, call=call, seed=self._crossings.seeds(index))
         idle[0].board(job)
-        self._width.note(job)
+        self._width.note(job.timing)
         self._aboard += idle[:1]
 
     def _the_party(self) -> Visit:
@@ -159,6 +159,7 @@ class Crew:
                         way_out="call the model batch by batch, or raise patience_s if it waits for something else",
                     )
                 )
+        self._leader.luggage.unpack()
 
     def _give_up(self, member: Member) -> None:
         """Go on without a member that does not come back; it holds nothing from now on."""
@@ -182,8 +183,8 @@ class Crew:
         self.is_ending = True
         while not self._leader.take(_LOOK_S):
             if all(member.is_waiting and not member.seat.is_called for member in self._members):
-                self._leader.luggage.unpack()
-                return
+                break
+        self._leader.luggage.unpack()
 
     def abandon(self) -> None:
         """Let all threads end by themselves: nobody iterates any more. Does not wait; safe in a finalizer."""

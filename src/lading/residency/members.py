@@ -16,7 +16,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -50,11 +50,20 @@ class Seat:
         self._turn.release()
 
     def take(self, timeout_s: float = -1) -> bool:
-        """Wait for the baton; say whether it came."""
-        if not self._turn.acquire(timeout=timeout_s):
-            return False
-        self.luggage.unpack()
-        return True
+        """Wait for the baton; say whether it came. What travels with it stays packed."""
+        return self._turn.acquire(timeout=timeout_s)
+
+
+@dataclass(slots=True)
+class Timing:
+    """Say how long one micro-batch took so far, in seconds. Outlives its output."""
+
+    run_s: float = 0.0
+    """How long it computed, waiting for turns and weights not counted."""
+    first_block_s: float | None = None
+    """Of that, from entering the first block until it would enter the next."""
+    wait_s: float = 0.0
+    """How long it waited for weights."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,12 +76,7 @@ class Job:
     seed: int
     output: Any = None
     error: BaseException | None = None
-    run_s: float = 0.0
-    """How long it computed, waiting for turns and weights not counted."""
-    first_block_s: float | None = None
-    """Of that, from entering the first block until it would enter the next."""
-    wait_s: float = 0.0
-    """How long it waited for weights."""
+    timing: Timing = field(default_factory=Timing)
 
 
 class Course(Protocol):
@@ -130,8 +134,9 @@ class Member:
         self.thread.start()
 
     def board(self, job: Job) -> None:
-        """Take a micro-batch along; it begins when the baton comes."""
+        """Take a micro-batch along; it begins when the baton comes, with the default dtype of who takes it along."""
         self.job, self.block, self.place = job, None, (0, 0)
+        self.seat.luggage.pack()
         self._num_visits = 0
 
     def dismiss(self) -> None:
@@ -148,8 +153,8 @@ class Member:
             if job is None:
                 return
             self.is_waiting = False
-            self._begin(job)
             try:
+                self._begin(job)
                 job.output = job.call()
             except Ended:
                 job.error = Ended()
@@ -161,6 +166,9 @@ class Member:
                 return
 
     def _begin(self, job: Job) -> None:
+        if self._course.is_ending:
+            raise Ended
+        self.seat.luggage.unpack()
         torch.manual_seed(job.seed)
         self._is_first_block = False
         self._waited_s = 0.0
@@ -183,11 +191,12 @@ class Member:
             self._settle()
         now = time.perf_counter()
         seconds = max(0.0, now - self._since_s - self._waited_s)
-        self.job.run_s += seconds
-        self.job.wait_s += self._waited_s
+        timing = self.job.timing
+        timing.run_s += seconds
+        timing.wait_s += self._waited_s
         self._since_s, self._waited_s = now, 0.0
-        if self._is_first_block and self.job.first_block_s is None:
-            self.job.first_block_s = seconds
+        if self._is_first_block and timing.first_block_s is None:
+            timing.first_block_s = seconds
 
     # What hooks tell
 
@@ -219,6 +228,8 @@ class Member:
             seat.call()
             self.seat.take()
             self.is_waiting = False
+            if not self._course.is_abandoned:  # else the process is not the convoy's any more
+                self.seat.luggage.unpack()
         if self._settle is not None and self._is_first_block:
             self._settle()
         self._since_s = time.perf_counter()

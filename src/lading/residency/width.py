@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from lading.residency.members import Job
+from lading.residency.members import Timing
 from lading.residency.moving import Counts
 from lading.residency.supply import Supply
 
@@ -88,7 +88,7 @@ class Width:
         """The block that this crossing opened first."""
         self._batches = self._crossings = 0
         self._run_s = self._wait_s = 0.0
-        self._jobs: list[Job] = []
+        self._aboard: list[Timing] = []
         self._limited_by = "batches"
         self._widest = (0, "batches")
         self._is_hidden = True
@@ -102,14 +102,14 @@ class Width:
 
     def begin(self, counts: Counts) -> None:
         """Note that a crossing begins."""
-        self._jobs = []
+        self._aboard = []
         self._begun_bytes = counts.fetched_bytes
         self._begun_used_bytes = self._supply.used_bytes()
         self._limited_by = "batches"
 
-    def note(self, job: Job) -> None:
+    def note(self, timing: Timing) -> None:
         """Note that a micro-batch came along."""
-        self._jobs.append(job)
+        self._aboard.append(timing)
 
     def wants_more(self) -> bool:
         """Say whether one more should come along; asked when all aboard wait for their second block, or have none."""
@@ -118,7 +118,7 @@ class Width:
         return found is None
 
     def _limit(self) -> str | None:
-        count = len(self._jobs)
+        count = len(self._aboard)
         if self._given is not None:
             return "width" if count >= self._given else None
         if count >= _MOST:
@@ -131,7 +131,7 @@ class Width:
     def _needed(self) -> float:
         """Say how many micro-batches' computing hides the fetching of one crossing."""
         rate = self._supply.pace.bytes_per_s
-        timed = [job.first_block_s for job in self._jobs if job.first_block_s is not None]
+        timed = [timing.first_block_s for timing in self._aboard if timing.first_block_s is not None]
         first_s = sum(timed) / len(timed) if timed else self._first_block_s
         if first_s is None:
             return 1 if self._is_one_call else inf
@@ -148,21 +148,21 @@ class Width:
         """Note that a crossing is over, and learn from it."""
         fetched = counts.fetched_bytes - self._begun_bytes
         self._fetched_bytes += fetched
-        self._batches += len(self._jobs)
+        self._batches += len(self._aboard)
         self._crossings += 1
-        run_s = sum(job.run_s for job in self._jobs)
-        wait_s = sum(job.wait_s for job in self._jobs)
+        run_s = sum(timing.run_s for timing in self._aboard)
+        wait_s = sum(timing.wait_s for timing in self._aboard)
         self._run_s += run_s
         self._wait_s += wait_s
-        if len(self._jobs) >= self._widest[0]:
-            self._widest = len(self._jobs), self._limited_by
+        if len(self._aboard) >= self._widest[0]:
+            self._widest = len(self._aboard), self._limited_by
         if self._supply.settle is not None:  # a device computes and waits where the host does not see it
-            self._is_hidden = len(self._jobs) * self._margin >= self._needed()  # without a margin
+            self._is_hidden = len(self._aboard) * self._margin >= self._needed()  # without a margin
             return
         self._is_hidden = self._wait_s <= _WAITED_SHARE * (self._run_s + self._wait_s)
-        first_s = sum(job.first_block_s or 0.0 for job in self._jobs)
+        first_s = sum(timing.first_block_s or 0.0 for timing in self._aboard)
         if first_s:
-            self._learned, self._first_block_s = (fetched, run_s / first_s), first_s / len(self._jobs)
+            self._learned, self._first_block_s = (fetched, run_s / first_s), first_s / len(self._aboard)
         if wait_s > _WAITED_SHARE * (run_s + wait_s) and self._limited_by == "enough":
             self._margin = min(self._margin * _MORE, self._least_margin * _MOST_OF_IT)
 

@@ -1,0 +1,370 @@
+"""Convoys that do not go through: errors of batches and sources, closing, dropping and interruptions at any moment."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from chain import seeded
+from crowd import PATIENCE_S
+from laws import traces
+from party import convoy_threads
+from torch import nn
+
+import lading
+from lading.residency import crew as crew_module
+
+WIDTH = 64
+
+
+class OopsError(Exception):
+    """What a model raises."""
+
+
+class Acting(nn.Module):
+    """Six layers; an input says before which of them to act, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.act = lambda x, place: None
+        self.num_begun = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_begun += 1
+        for place, layer in enumerate(self.layers):
+            self.act(x, place)
+            x = layer(x).tanh() + x
+        self.act(x, len(self.layers))
+        return x
+
+
+@pytest.fixture
+def model():
+    return seeded(Acting())
+
+
+def inputs(count: int) -> list[torch.Tensor]:
+    return [torch.full((1, WIDTH), 1.0 + number) for number in range(count)]
+
+
+def check_restored(model: nn.Module, residency: lading.Residency, expected: list[torch.Tensor]) -> None:
+    """Nothing of a convoy is left: no thread, visit or lease; editing gets in, forwards are right, close works."""
+    model.act = lambda x, place: None
+    for thread in convoy_threads():
+        thread.join(PATIENCE_S)
+    assert not convoy_threads()
+    entered = threading.Event()
+
+    def edit() -> None:
+        with residency.editing():
+            entered.set()
+
+    editor = threading.Thread(target=edit, daemon=True)
+    editor.start()
+    editor.join(PATIENCE_S)
+    assert entered.is_set(), "somebody is still inside"
+    ledger = residency._parts.schedule._ledger
+    assert (ledger.visits, ledger.tickets, sum(ledger.leases)) == ([], [], 0)
+    with torch.no_grad():
+        for batch, output in zip(inputs(len(expected)), expected, strict=True):
+            assert torch.equal(model(batch), output)
+        found = list(lading.convoy(model, inputs(len(expected)), width=3))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+# Errors of batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+@pytest.mark.parametrize("place", range(7))
+def test_an_error_belongs_to_its_batch_and_the_others_go_on(model, place, on_error):
+    expected = [model(batch) for batch in inputs(7)]
+    bad = {1, 4}
+
+    def act(x: torch.Tensor, here: int) -> None:
+        if here == place and threading.current_thread().name == "lading-convoy" and int(number.get(id_of())) in bad:
+            raise OopsError(number[id_of()])
+
+    number: dict[int, int] = {}
+    id_of = threading.get_ident
+
+    def call(pair: tuple[int, torch.Tensor]) -> torch.Tensor:
+        number[id_of()] = pair[0]
+        return model(pair[1])
+
+    model.act = act
+    with lading.offload(model, {"": "disk"}) as residency:
+        outputs = lading.convoy(model, enumerate(inputs(7)), function=call, width=3, on_error=on_error)
+        for index in range(7):
+            if index in bad and on_error == "raise":
+                with pytest.raises(OopsError, match=str(index)):
+                    next(outputs)
+            elif index in bad:
+                error = next(outputs)
+                assert isinstance(error, OopsError)
+                assert error.args == (index,)
+            else:
+                assert torch.equal(next(outputs), expected[index])
+        assert list(outputs) == []
+        check_restored(model, residency, expected)
+
+
+@pytest.mark.parametrize("is_offloaded", [True, False])
+def test_a_batch_that_raises_stop_iteration_does_not_end_the_iteration(model, is_offloaded):
+    def call(number: int) -> torch.Tensor:
+        if number == 1:
+            next(iter(()))
+        return model(inputs(4)[number])
+
+    def run() -> None:
+        outputs = lading.convoy(model, range(4), function=call, width=2)
+        next(outputs)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            next(outputs)
+        assert len(list(outputs)) == 2
+
+    if is_offloaded:
+        with lading.offload(model, {"": "disk"}):
+            run()
+    else:
+        run()
+
+
+def test_a_batch_that_the_model_does_not_take_is_an_error_of_its_own(model):
+    batches = [inputs(1)[0], torch.ones(1, 3), {"x": inputs(1)[0]}, (inputs(1)[0],), "text"]
+    with lading.offload(model, {"": "disk"}):
+        found = list(lading.convoy(model, batches, width=3, on_error="return"))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[3])
+    assert isinstance(found[1], RuntimeError)
+    assert isinstance(found[4], lading.ResidencyError)
+    assert "a batch: found str" in str(found[4])
+
+
+@pytest.mark.parametrize("is_offloaded", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_an_error_of_the_source_comes_after_the_outputs_before(model, count, is_offloaded):
+    expected = [model(batch) for batch in inputs(count)]
+
+    def source():
+        yield from inputs(count)
+        raise OopsError("source")
+
+    def run() -> None:
+        outputs = lading.convoy(model, source(), width=3)
+        assert all(torch.equal(next(outputs), output) for output in expected)
+        with pytest.raises(OopsError, match="source"):
+            next(outputs)
+        assert list(outputs) == []
+
+    if is_offloaded:
+        with lading.offload(model, {"": "disk"}) as residency:
+            run()
+            check_restored(model, residency, expected)
+    else:
+        run()
+
+
+def test_an_exit_in_a_batch_is_raised_also_where_errors_are_returned(model):
+    def call(number: int) -> int:
+        model(inputs(1)[0])
+        if number == 1:
+            sys.exit("enough")
+        return number
+
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(2)]
+        outputs = lading.convoy(model, range(4), function=call, width=2, on_error="return")
+        assert next(outputs) == 0
+        with pytest.raises(SystemExit):
+            next(outputs)
+        outputs.close()
+        check_restored(model, residency, expected)
+
+
+def test_a_fetch_that_fails_is_an_error_of_its_batches_alone(model, monkeypatch):
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(4)]
+        mover = residency._parts._mover
+        fetch = mover.fetch
+        monkeypatch.setattr(
+            mover, "fetch", lambda block: (_ for _ in ()).throw(OSError("disk")) if block == 3 else fetch(block)
+        )
+        found = list(lading.convoy(model, inputs(4), width=4, on_error="return"))
+        assert [type(error) for error in found] == [OSError] * 4
+        monkeypatch.undo()
+        check_restored(model, residency, expected)
+
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_taken", range(8))
+def test_closing_after_any_output_leaves_nothing(model, num_taken):
+    before = traces(model)
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(7)]
+        with lading.convoy(model, inputs(7), width=3) as outputs:
+            found = [next(outputs) for _ in range(min(num_taken, 7))]
+            if num_taken == 7:
+                assert next(outputs, None) is None
+        outputs.close()
+        with pytest.raises(lading.ResidencyError, match="it was closed"):
+            next(outputs)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=False))
+        check_restored(model, residency, expected)
+    assert traces(model) == before
+
+
+def test_batches_that_have_not_begun_do_not_begin_when_it_closes(model):
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(4)]
+        model.num_begun = 0
+
+        def act(x: torch.Tensor, place: int) -> None:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            while not outputs._crew.is_ending:
+                time.sleep(0)
+
+        model.act = act
+        outputs = lading.convoy(model, inputs(4), width=4)
+        with pytest.raises(KeyboardInterrupt):
+            next(outputs)
+        assert model.num_begun == 1
+        check_restored(model, residency, expected)
+
+
+@pytest.mark.parametrize("num_taken", [1, 2, 4])
+def test_a_convoy_that_is_dropped_ends_by_itself(model, num_taken):
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(7)]
+        outputs = lading.convoy(model, inputs(7), width=3)
+        for _ in range(num_taken):
+            next(outputs)
+        torch.manual_seed(8)
+        following = torch.rand(3)
+        torch.manual_seed(8)
+        watched = weakref.ref(outputs)
+        del outputs
+        gc.collect()
+        assert watched() is None
+        for thread in convoy_threads():
+            thread.join(PATIENCE_S)
+        assert torch.equal(torch.rand(3), following), "the caller's random state is another's"
+        check_restored(model, residency, expected)
+
+
+def test_outputs_and_batches_are_let_go_when_they_are_handed_out(model):
+    watched = []
+
+    def source():
+        for batch in inputs(6):
+            watched.append(weakref.ref(batch))
+            yield batch
+
+    with lading.offload(model, {"": "disk"}), lading.convoy(model, source(), width=3) as outputs:
+        batch = None
+        for output in outputs:
+            watched.append(weakref.ref(output))
+        del output, batch
+        assert [reference() for reference in watched if reference() is not None] == []
+
+
+def test_a_residency_that_closes_waits_for_the_crossing_and_the_next_one_is_refused(model):
+    residency = lading.offload(model, {"": "disk"})
+    outputs = lading.convoy(model, inputs(6), width=2)
+    next(outputs)
+    closer = threading.Thread(target=residency.close)
+    closer.start()
+    while not residency._parts.schedule._is_shut:
+        pass
+    next(outputs)
+    with pytest.raises(lading.ResidencyError, match="its residency closed"):
+        next(outputs)
+    closer.join(PATIENCE_S)
+    assert not closer.is_alive()
+    assert not convoy_threads()
+
+
+# Interruptions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["a member computes", "between outputs", "in the source"])
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_an_interruption_ends_the_threads_and_restores_the_residency(model, moment, count):
+    num = 0
+
+    def interrupt_at(here: str) -> None:
+        nonlocal num
+        num += here == moment
+        if here == moment and num == count:
+            signal.raise_signal(signal.SIGINT)
+
+    def source():
+        for batch in inputs(13):
+            interrupt_at("in the source")
+            yield batch
+
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(5)]
+        model.act = lambda x, place: interrupt_at("a member computes")
+        with pytest.raises(KeyboardInterrupt):
+            for _ in (outputs := lading.convoy(model, source(), width=3)):
+                interrupt_at("between outputs")
+        if moment == "between outputs":
+            outputs.close()
+        check_restored(model, residency, expected)
+
+
+_OURS = tuple(
+    str(Path(crew_module.__file__).with_name(name)) for name in ("convoy.py", "crew.py", "members.py", "ambience.py")
+)
+
+
+def _at_line(line: int, function) -> int:
+    """Raise KeyboardInterrupt at the given line of the convoy's own code in this thread; give how many lines ran."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(lambda frame, event, argument: trace if frame.f_code.co_filename in _OURS else None)
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.full), 13])
+def test_an_interruption_at_any_line_of_the_leader_restores_the_residency(model, share, monkeypatch):
+    monkeypatch.setattr(crew_module, "_LOOK_S", 0.01)
+    with lading.offload(model, {"": "disk"}) as residency:
+        expected = [model(batch) for batch in inputs(3)]
+
+        def run() -> None:
+            with lading.convoy(model, inputs(3), width=2) as outputs:
+                for _ in outputs:
+                    pass
+
+        num_lines = _at_line(-1, run)
+        assert num_lines > 100
+        for line in range(1, num_lines, share):
+            with pytest.raises(KeyboardInterrupt):
+                _at_line(line, run)
+            gc.collect()
+            check_restored(model, residency, expected)
