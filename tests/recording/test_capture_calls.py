@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -394,3 +396,16 @@ def test_a_traceback_shows_none_of_us_when_idle_and_at_most_two_frames_a_site(ne
             net(x_of())
         assert len(frames_of_ours(caught.value)) == 2, options
     assert hooks_of(net) == 0
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_while_a_capture_is_open_is_not_heard_and_sheds_its_hooks(make):
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(1, 4)
+    with lading.capture(net, "0") as seen:
+        twin = make(net)
+        assert torch.equal(twin(x), net(x))
+        assert torch.equal(twin(x), net(x))
+    assert len(seen.calls("0")) == 2
+    for module in twin.modules():
+        assert not [key for key, value in vars(module).items() if key.startswith("_forward") and value]
+    assert repr(seen) == "<Capture closed, calls: 0: 2>"

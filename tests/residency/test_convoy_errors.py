@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from chain import seeded
-from crowd import PATIENCE_S
 from laws import traces
 from party import convoy_threads
 from torch import nn
 
 import lading
+from crowd import PATIENCE_S
 from lading.residency import crew as crew_module
 
 WIDTH = 64

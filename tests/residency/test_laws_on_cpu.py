@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from chain import BLOCK_BYTES, DEVICE_MAP, Chain, seeded
-from crowd import run_together
 from laws import budget_of, same_bits, traces
 from safetensors.torch import save_file
 from torch import nn
@@ -23,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 import lading
 import models
 from architectures import AVAILABLE
+from crowd import run_together
 from lading.residency.residency import Residency
 from zoo import BY_NAME, EVERY, QUIET
 

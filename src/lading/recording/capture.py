@@ -5,7 +5,7 @@ is told by a context variable: threads that did not open the capture, and were n
 heard, whatever they call meanwhile; tasks begun inside it are. Never asked: whether anything is compiling. That is a
 question to the whole process.
 
-Concurrency: hooks are counted under `_Stations._lock`. What is heard goes to the end of a list, which needs no
+Concurrency: hooks are counted where they stand, in `stations`. What is heard goes to the end of a list, which needs no
 lock; what is read of it, and which calls run, is guarded by each capture's own.
 """
 
@@ -14,25 +14,22 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling
-from torch.utils.hooks import RemovableHandle
 
-from lading.compat import compiling_caller, run_uncompiled
 from lading.errors import CaptureError, name_list, refusal
 from lading.recording.calls import CALLS, Call, is_inside, masks_above
-from lading.recording.compiled import refuse_compiled, refuse_compiled_call
+from lading.recording.compiled import refuse_compiled
 from lading.recording.ear import Ear
 from lading.recording.groups import Event, Group, assemble
 from lading.recording.log import Log
 from lading.recording.selection import Selection
 from lading.recording.sites import Site
+from lading.recording.stations import LISTENING, STATIONS
 
 Result = TypeVar("Result")
 
@@ -43,12 +40,6 @@ class Stopped(Exception):  # noqa: N818 - no error: the forward went as far as i
     def __init__(self, capture: Capture) -> None:
         super().__init__("the forward was stopped by lading.capture(stop_after=…), which catches this")
         self.capture = capture
-
-
-_compiling_caller = compiling_caller()
-_graph_task = torch._C._current_graph_task_id
-_LISTENING: ContextVar[tuple[tuple[Capture, Ear], ...]] = ContextVar("lading_captures", default=())
-"""With its ear: a capture answers for names of its own, and is slow to look anything up on."""
 
 
 class Capture:
@@ -149,6 +140,10 @@ class Capture:
         events = [Event(name=name, tensor=tensor, call=number) for name, tensor, _, number in rows]
         return assemble(group, events)
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}: {len(self._log.rows((name,)))}" for name in (*self._groups, *self._log.names))
+        return f"<Capture {self._state}, calls: {counts}>"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._log.names)
 
@@ -162,12 +157,12 @@ class Capture:
 
         @functools.wraps(function)
         def bound(*args: Any, **kwargs: Any) -> Result:
-            listening, calls = _LISTENING.set((*_LISTENING.get(), (self, self.ear))), CALLS.set(())
+            listening, calls = LISTENING.set((*LISTENING.get(), (self, self.ear))), CALLS.set(())
             try:
                 return function(*args, **kwargs)
             finally:
                 CALLS.reset(calls)
-                _LISTENING.reset(listening)
+                LISTENING.reset(listening)
 
         return bound
 
@@ -191,11 +186,11 @@ class Capture:
             others.append(self._stop_after.module)
         modules = self.ear.open(self._sites, others, is_whole=self._selection.is_whole)
         try:
-            _STATIONS.open(self, modules)
+            STATIONS.open(self, modules)
         except BaseException:
-            _STATIONS.close(self)
+            STATIONS.close(self)
             raise
-        _LISTENING.set((*_LISTENING.get(), (self, self.ear)))
+        LISTENING.set((*LISTENING.get(), (self, self.ear)))
         return self
 
     def __exit__(
@@ -203,9 +198,9 @@ class Capture:
     ) -> bool:
         self._state = "closed"
         self.ear.close()
-        _STATIONS.close(self)
+        STATIONS.close(self)
         # No tokens: captures may overlap, and a generator that holds one may be closed in another context.
-        _LISTENING.set(tuple(each for each in _LISTENING.get() if each[0] is not self))
+        LISTENING.set(tuple(each for each in LISTENING.get() if each[0] is not self))
         CALLS.set(tuple(each for each in CALLS.get() if each.listener is not self))
         if error is None:
             refuse_compiled(self._model)  # meanwhile: what ran in it was not heard
@@ -300,98 +295,3 @@ class Capture:
     def root(self) -> nn.Module:
         """Give the captured model."""
         return self._model
-
-
-class _Stations:
-    """Stand at the modules that open captures ask for: one hook a module, counted. Guarded by ``_lock``."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: dict[int, list[Capture]] = {}
-        self._handles: dict[int, list[RemovableHandle]] = {}
-        self._roots: dict[int, list[Capture]] = {}
-        self._root_handles: dict[int, list[RemovableHandle]] = {}
-
-    def open(self, capture: Capture, modules: Iterable[nn.Module]) -> None:
-        with self._lock:
-            for module in modules:
-                captures = self._open.setdefault(id(module), [])
-                captures.append(capture)
-                if len(captures) == 1:
-                    self._handles[id(module)] = [
-                        # told which module it stands at: copies that torch makes to run elsewhere share its hooks
-                        module.register_forward_hook(functools.partial(self._at_site, module), with_kwargs=True)
-                    ]
-            root = capture.root()
-            captures = self._roots.setdefault(id(root), [])
-            captures.append(capture)
-            if len(captures) == 1:
-                self._root_handles[id(root)] = [
-                    root.register_forward_pre_hook(self._before_root, prepend=True, with_kwargs=True),
-                    root.register_forward_hook(self._after_root, always_call=True),
-                ]
-
-    def close(self, capture: Capture) -> None:
-        with self._lock:
-            for table, handles in ((self._open, self._handles), (self._roots, self._root_handles)):
-                for key in [key for key, captures in table.items() if capture in captures]:
-                    table[key].remove(capture)
-                    if not table[key]:
-                        del table[key]
-                        for handle in handles.pop(key):
-                            handle.remove()
-
-    def _at_site(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        # Traced, it is for somebody else, and nothing of it stays in compiled code. Without the keyword arguments,
-        # torch saw the hook between two steps of its coming or going: no capture that listens here is open.
-        if is_dynamo_compiling() or len(rest) != 2:
-            return
-        kwargs, output = rest
-        if _graph_task() != -1:
-            return  # backward runs a checkpointed forward again
-        is_heard, calls = False, CALLS.get()
-        for capture, ear in _LISTENING.get():
-            name = ear.whole.get(id(module))
-            if (
-                name is not None
-                and output.__class__ is torch.Tensor
-                and len(calls) == 1
-                and calls[0].listener is capture
-            ):
-                is_heard = True
-                kept = output if ear.is_bare and not output.requires_grad else ear.keep(output)
-                ear.note((name, kept, None, calls[0].number))
-            elif id(module) in ear.sites:
-                is_heard = True
-                capture.hear(module, args, kwargs, output)
-        if not is_heard:
-            for capture in list(self._open.get(id(module), ())):
-                capture.stray(module)
-
-    def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if not is_dynamo_compiling() and kwargs is not None and _graph_task() == -1:
-            self._begin(module, args, kwargs, _compiling_caller() is not None)
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_compiled: bool) -> None:
-        for capture, _ in _LISTENING.get():
-            if capture in self._roots.get(id(module), ()):
-                if is_compiled:
-                    refuse_compiled_call(module)
-                if not is_inside(module, times=2):
-                    capture.drop_calls()
-                CALLS.set((*CALLS.get(), capture.begin_call(module, args, kwargs)))
-
-    def _after_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_dynamo_compiling():
-            return
-        for capture, _ in reversed(_LISTENING.get()):
-            calls = [each for each in CALLS.get() if each.listener is capture]
-            if calls and capture in self._roots.get(id(module), ()):
-                CALLS.set(tuple(each for each in CALLS.get() if each is not calls[-1]))
-                capture.end_call(calls[-1], is_complete=output is not None)
-
-
-for _hook in (_Stations._at_site, _Stations._begin, _Stations._after_root):
-    run_uncompiled(_hook)
-run_uncompiled(_Stations._before_root, with_callees=False)
-_STATIONS = _Stations()
