@@ -94,7 +94,7 @@ class Convoy(Iterator[Any]):
             return error
         try:
             if isinstance(error, StopIteration):  # it would end the iteration, as in a generator
-                raise RuntimeError(f"batch {job.index} raised StopIteration") from error
+                raise RuntimeError(f"batch {job.index} raised StopIteration") from error  # noqa: TRY004
             raise error
         finally:
             del error, job  # the error's frames hold these, and would hold it
@@ -162,7 +162,7 @@ class Convoy(Iterator[Any]):
         )
 
     def close(self) -> None:
-        """Have micro-batches under way leave the model, and end their threads. Twice is fine, and so is a fork's child."""
+        """Have micro-batches under way leave the model, end their threads. Twice is fine; also in a forked child."""
         if self._process != os.getpid():
             return
         with self._used_alone():
@@ -174,6 +174,11 @@ class Convoy(Iterator[Any]):
             self._crew.end()
         self._is_closed = True
 
+    @property
+    def is_led_here(self) -> bool:
+        """Say whether the calling thread has micro-batches of it waiting inside the model."""
+        return self._crew is not None and self._crew.leader_id == threading.get_ident()
+
     def _recover(self) -> None:
         if self._crew is not None and self._process == os.getpid():
             self._crew.take_back()
@@ -181,19 +186,22 @@ class Convoy(Iterator[Any]):
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:
-        if self._process != os.getpid() or not self._using.acquire(blocking=False):
-            raise ResidencyError(
-                refusal(
-                    "a convoy",
-                    found="it is used by several threads or processes, or by one of its own calls",
-                    expected="one thread that iterates",
-                    way_out="make another convoy",
+        is_mine = False
+        try:  # from here on, an interruption gives it back
+            is_mine = self._process == os.getpid() and self._using.acquire(blocking=False)
+            if not is_mine:
+                raise ResidencyError(
+                    refusal(
+                        "a convoy",
+                        found="it is used by several threads or processes, or by one of its own calls",
+                        expected="one thread that iterates",
+                        way_out="make another convoy",
+                    )
                 )
-            )
-        try:
             yield
         finally:
-            self._using.release()
+            if is_mine:
+                self._using.release()
 
     def __enter__(self) -> Convoy:
         return self

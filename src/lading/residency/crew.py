@@ -62,7 +62,6 @@ class Crew:
         self._aboard: list[Member] = []
         self._party: Visit | None = None
         self._open_block: int | None = None
-        self._is_boarding = False
         self.is_ending = self.is_abandoned = False
         self.may_board = True
         """Whether there may be more batches."""
@@ -77,13 +76,18 @@ class Crew:
         return not self._aboard
 
     @property
+    def leader_id(self) -> int | None:
+        """Give the thread whose crossing is under way."""
+        return None if self._party is None else self._party.thread_id
+
+    @property
     def wants_more(self) -> bool:
         """Say whether another micro-batch should come along now."""
         if not self.may_board or self.is_ending:
             return False
         if self._party is None:
             return True
-        return self._is_boarding and self._width.wants_more()
+        return self._party.is_boarding and self._width.wants_more()
 
     def stats(self) -> ConvoyStats:
         """Say what happened so far."""
@@ -99,8 +103,10 @@ class Crew:
             CorruptShardError: a file behind the weights was changed in place.
         """
         if self._party is None:
-            self._party = self._schedule.begin(None, frozenset(), is_party=True)
-            self._is_boarding, self._open_block = True, None
+            outer = self._hooks.caller.companion  # this convoy is inside a call of another
+            around = None if outer is None else outer.party
+            self._party = self._schedule.begin(None, frozenset(), around, is_party=True)
+            self._open_block = None
             self._width.begin(self._schedule.counts)
         idle = [member for member in self._members if member.job is None]
         if not idle:
@@ -138,9 +144,9 @@ class Crew:
             self._end_crossing()
 
     def _end_crossing(self) -> None:
-        party, self._party = self._party, None
-        if party is not None:
-            self._schedule.end(party, is_complete=False)
+        if self._party is not None:
+            self._schedule.end(self._party, is_complete=False)
+            self._party = None
             self._width.end(self._schedule.counts)
 
     def _await(self) -> None:
@@ -176,7 +182,8 @@ class Crew:
             self.go_on()
         self._end_crossing()
         while self._members:
-            self._members.pop().dismiss()
+            self._members[-1].dismiss()
+            self._members.pop()
 
     def take_back(self) -> None:
         """Wait for the baton after an interruption of the leader, wherever it was."""
@@ -190,7 +197,7 @@ class Crew:
         """Let all threads end by themselves: nobody iterates any more. Does not wait; safe in a finalizer."""
         self.is_ending = self.is_abandoned = True
         for member in self._members:
-            if (member.job is None or member is self._aboard[0]) and not member.seat.is_called:
+            if (member.job is None or member in self._aboard[:1]) and not member.seat.is_called:
                 member.seat.call()
 
     # Whoever has the baton
@@ -214,7 +221,7 @@ class Crew:
             if self._open_block is None and behind.block is not None:
                 self._width.first_block = behind.block
             else:
-                self._is_boarding = False
+                self._the_party().is_boarding = False
             self._open_block = behind.block
             here = [member for member in self._aboard if member.block == self._open_block]
         return here[0].seat
