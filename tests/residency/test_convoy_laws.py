@@ -1,4 +1,4 @@
-"""Laws of convoys over many models: the bits of batches run one by one, each block fetched once, sources not hurried."""
+"""Laws of convoys over many models: the bits of batches run one by one, each block fetched once, sources unhurried."""
 
 from __future__ import annotations
 
