@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 import sys
@@ -373,7 +374,7 @@ def test_an_interruption_at_any_line_of_the_leader_restores_the_residency(model,
         num_lines = _at_line(-1, run)
         assert num_lines > 100
         for line in range(1, num_lines, share):
-            with pytest.raises(KeyboardInterrupt):
-                _at_line(line, run)
+            with contextlib.suppress(KeyboardInterrupt):
+                assert _at_line(line, run) < line, "somebody swallowed it"  # some runs have fewer lines than others
             gc.collect()
             check_restored(model, residency, expected)

@@ -155,7 +155,10 @@ def convoy_of(  # noqa: PLR0913 - what a convoy is made of
         devices = sorted({weight.device for weight in model.parameters()}, key=str)
         return Convoy(None, batches, crossings, devices, returns_errors=returns_errors)
     parts = residencies[0]._parts
-    chosen = Width(width, parts.supply(), is_one_call=is_one_call)
+    supply = parts.supply()
+    if not any(supply.sizes):
+        return Convoy(None, batches, crossings, parts.devices, returns_errors=returns_errors)
+    chosen = Width(width, supply, is_one_call=is_one_call)
     crew = Crew(parts.hooks, parts.schedule, crossings, parts.devices, chosen)
     convoy = Convoy(crew, batches, crossings, parts.devices, returns_errors=returns_errors)
     residencies[0]._convoys.add(convoy)
