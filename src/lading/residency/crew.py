@@ -58,6 +58,8 @@ class Crew:
         self._devices = devices
         self._width = width
         self._leader = Seat(devices)
+        self._is_leading = True
+        """Whether the leader has the baton, as far as an interruption of it let it note."""
         self._members: list[Member] = []
         self._aboard: list[Member] = []
         self._party: Visit | None = None
@@ -138,8 +140,10 @@ class Crew:
         seat = self.next_seat()
         if seat is not self._leader:
             self._leader.luggage.pack()
+            self._is_leading = False
             seat.call()
             self._await()
+            self._take_up()
         if self.is_empty and self._party is not None:
             self._end_crossing()
 
@@ -165,6 +169,9 @@ class Crew:
                         way_out="call the model batch by batch, or raise patience_s if it waits for something else",
                     )
                 )
+
+    def _take_up(self) -> None:
+        self._is_leading = True
         self._leader.luggage.unpack()
 
     def _give_up(self, member: Member) -> None:
@@ -176,8 +183,12 @@ class Crew:
         self._leader.luggage.unpack()
 
     def end(self) -> None:
-        """Have everybody aboard leave the model, and end the threads. The leader has the baton, or nobody has."""
+        """Have everybody aboard leave the model, and end the threads. Again after an interruption, wherever it was."""
         self.is_ending = True
+        if not self._is_leading:
+            while not self._leader.take(_LOOK_S) and not self._is_baton_lost:
+                pass
+            self._take_up()
         while not self.is_empty:
             self.go_on()
         self._end_crossing()
@@ -185,19 +196,18 @@ class Crew:
             self._members[-1].dismiss()
             self._members.pop()
 
-    def take_back(self) -> None:
-        """Wait for the baton after an interruption of the leader, wherever it was."""
-        self.is_ending = True
-        while not self._leader.take(_LOOK_S):
-            if all(member.is_waiting and not member.seat.is_called for member in self._members):
-                break
-        self._leader.luggage.unpack()
+    @property
+    def _is_baton_lost(self) -> bool:
+        """Say whether an interruption of the leader left the baton with nobody."""
+        return all(member.is_waiting and not member.seat.is_called for member in self._members)
 
     def abandon(self) -> None:
         """Let all threads end by themselves: nobody iterates any more. Does not wait; safe in a finalizer."""
         self.is_ending = self.is_abandoned = True
-        for member in self._members:
-            if (member.job is None or member in self._aboard[:1]) and not member.seat.is_called:
+        idle = [member for member in self._members if member.job is None]
+        first = self._aboard[:1] if self._is_leading or self._is_baton_lost else []
+        for member in (*idle, *first):
+            if not member.seat.is_called:
                 member.seat.call()
 
     # Whoever has the baton
