@@ -60,8 +60,9 @@ def inputs(count: int) -> list[torch.Tensor]:
 def check_restored(model: nn.Module, residency: lading.Residency, expected: list[torch.Tensor]) -> None:
     """Nothing of a convoy is left: no thread, visit or lease; editing gets in, forwards are right, close works."""
     model.act = lambda x, place: None
-    for thread in convoy_threads():
-        thread.join(10)
+    end = time.monotonic() + PATIENCE_S
+    while convoy_threads() and time.monotonic() < end:  # one whose start was interrupted cannot be joined yet
+        time.sleep(0.001)
     assert not convoy_threads()
     entered = threading.Event()
 
@@ -361,7 +362,7 @@ def _at_line(line: int, function) -> int:
     return count
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.full), 13])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.full), 41])
 def test_an_interruption_at_any_line_of_the_leader_restores_the_residency(model, share, monkeypatch):
     monkeypatch.setattr(crew_module, "_LOOK_S", 0.01)
     with lading.offload(model, {"": "disk"}) as residency:
@@ -382,8 +383,8 @@ def test_an_interruption_at_any_line_of_the_leader_restores_the_residency(model,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that was being opened
-@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.full)])
-@pytest.mark.parametrize("num_signals", [1, 2, 3])
+@pytest.mark.parametrize("count", [12, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_signals", [1, 2])
 def test_an_interruption_at_any_time_restores_the_residency(model, count, num_signals, monkeypatch):
     """Signals come when they come, also while the first one is served. Closing, or dropping it, ends what is left."""
     monkeypatch.setattr(crew_module, "_LOOK_S", 0.05)

@@ -204,6 +204,8 @@ class Crew:
     def abandon(self) -> None:
         """Let all threads end by themselves: nobody iterates any more. Does not wait; safe in a finalizer."""
         self.is_ending = self.is_abandoned = True
+        if self._party is not None and not self._aboard:
+            self._party.is_party = False  # an interrupted thread's, which whoever waits ends
         idle = [member for member in self._members if member.job is None]
         first = self._aboard[:1] if self._is_leading or self._is_baton_lost else []
         for member in (*idle, *first):
