@@ -16,10 +16,13 @@ from torch import nn
 
 import lading
 import models
-from architectures import Architecture
+from architectures import MAJOR, Architecture
 from zoo import EVERY, QUIET
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore::lading.PlanWarning")]
+
+KEEPS_ITS_STATE = {"recurrent_gemma"} if MAJOR < 5 else set()  # of one call, on its modules: batches would mix
+TOGETHER = [each for each in EVERY if each.values[0].name not in KEEPS_ITS_STATE]
 
 
 def batches_of(architecture: Architecture, model: nn.Module, count: int) -> tuple[list, list]:
@@ -38,7 +41,7 @@ def caller(architecture: Architecture, model: nn.Module):
     return lambda batch: method(**batch)
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", TOGETHER)
 def test_a_convoy_has_the_bits_of_batches_run_one_by_one(architecture):
     model = architecture.build()
     chance = random.Random(architecture.name)
@@ -60,7 +63,7 @@ def test_a_convoy_has_the_bits_of_batches_run_one_by_one(architecture):
     assert traces(model) == before
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", TOGETHER)
 def test_a_convoy_through_slots_has_the_bits_of_batches_run_one_by_one(architecture):
     model = architecture.build()
     batches, expected = batches_of(architecture, model, 4)
