@@ -16,6 +16,7 @@ from lading import errors
 
 PUBLIC = {"load", "load_into", "empty", "plan", "Embedder", "VectorStore", "LoadReport"}
 PUBLIC |= {"Plan", "PlanWarning", "Workload", "Bandwidths", "offload", "Residency", "ResidencyStats", "capture"}
+PUBLIC |= {"convoy", "Convoy", "ConvoyStats"}
 ERRORS = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
 
 # What a process is like, before and after; `gc` and `sys.path` stand for "no hook was left behind".

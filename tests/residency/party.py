@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from architectures import Architecture
+from crowd import run_together
 
 SEED = 11
 
@@ -44,3 +45,10 @@ def _varied(value: Any, number: int, *, has_rows: bool) -> Any:
     elif value.dtype == torch.long and value.max() > 10:  # ids below are special tokens
         value = torch.where(value >= 10, 10 + (value - 10 + 7 * number) % 89, value)
     return value[:1] if has_rows and number % 3 == 2 else value
+
+
+def watched(function, *functions) -> None:
+    """Run functions together, each in a thread; whatever one raises is raised, and who never ends fails the test."""
+    raised = run_together([function, *functions])
+    if raised:
+        raise raised[0]

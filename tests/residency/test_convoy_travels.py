@@ -138,9 +138,9 @@ def test_the_callers_dtype_is_the_one_that_each_batch_begins_with(x):
 # Modes ---------------------------------------------------------------------------------------------------------------
 
 MODES = {
-    "nothing": (lambda: torch.enable_grad(), torch.is_grad_enabled),
-    "no_grad": (lambda: torch.no_grad(), torch.is_grad_enabled),
-    "inference": (lambda: torch.inference_mode(), torch.is_inference_mode_enabled),
+    "nothing": (torch.enable_grad, torch.is_grad_enabled),
+    "no_grad": (torch.no_grad, torch.is_grad_enabled),
+    "inference": (torch.inference_mode, torch.is_inference_mode_enabled),
     "autocast": (
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype,

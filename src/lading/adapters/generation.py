@@ -126,12 +126,13 @@ def _refused(folder: str, found: str) -> CheckpointError:
 _OWN_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # each call makes its own
 
 
-def refuse_static_cache(model: Any, arguments: Mapping[str, Any]) -> None:
+def refuse_static_cache(model: Any, arguments: Mapping[str, Any], *, is_for_all: bool = True) -> None:
     """Refuse caches that several calls of ``generate`` at once would share.
 
     Args:
         model: whose generation config counts; None where ``generate`` is not what is called.
-        arguments: of every call.
+        arguments: of every call, or of one.
+        is_for_all: whether of every call: a cache that one brings along is its own.
 
     Raises:
         ResidencyError: a cache given to all calls, or of a kind that transformers keeps at the model.
@@ -139,7 +140,7 @@ def refuse_static_cache(model: Any, arguments: Mapping[str, Any]) -> None:
     given = arguments.get("generation_config") or (None if model is None else model.generation_config)
     kind = arguments.get("cache_implementation") or getattr(given, "cache_implementation", None)
     found = f"cache_implementation={kind!r}" if kind not in _OWN_CACHES else None
-    if arguments.get("past_key_values") is not None:
+    if is_for_all and arguments.get("past_key_values") is not None:
         found = "past_key_values for all batches"
     if found is not None:
         raise ResidencyError(

@@ -82,14 +82,18 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
                 way_out="give the module, and what is to be called as function=",
             )
         )
-    if hasattr(module, "generation_config"):
+    is_generative = hasattr(module, "generation_config")
+    if is_generative:
         from lading.adapters.generation import refuse_static_cache
 
         refuse_static_cache(module if model is not module else None, constants)
     base = int(torch.randint(_SEEDS - 1, (), device="cpu")) if seed is None else seed
 
     def call(batch: Any) -> Any:
-        return model(*_positional(batch), **_named(batch), **constants)
+        named = _named(batch)
+        if is_generative:
+            refuse_static_cache(None, named, is_for_all=False)
+        return model(*_positional(batch), **named, **constants)
 
     crossings = Crossings(
         call=function or call,

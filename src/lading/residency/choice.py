@@ -17,7 +17,7 @@ from itertools import islice
 from lading.errors import ResidencyError
 from lading.residency.ledger import Ledger
 from lading.residency.moving import Move, State
-from lading.residency.visits import Ticket, leaders, upcoming
+from lading.residency.visits import Ticket, Visit, leaders, upcoming
 
 _LOOKAHEAD = 256  # blocks; what is needed after these counts as never needed again
 
@@ -28,11 +28,7 @@ def next_move(ledger: Ledger) -> Move | None:
     On the way, tickets that need no move are served, and a block that is in the way of one that does is closed.
     """
     ranks: dict[int, int] = {}
-    for kept in (kept for visit in ledger.visits if visit.is_party for kept in visit.expected):
-        ranks.setdefault(kept, len(ranks))
-    num_next = len(ranks)
     ahead = leaders(ledger.visits)
-    num_next += sum(1 if visit.party is None else 2 for visit in ahead)
     for needed in islice(upcoming(ahead), _LOOKAHEAD):
         ranks.setdefault(needed, len(ranks))
     for ticket in list(ledger.tickets):
@@ -55,7 +51,7 @@ def next_move(ledger: Ledger) -> Move | None:
             return Move(block, is_fetch=True)
         ledger.lend(ticket)
     ledger.closed.clear()
-    return _ahead(ledger, ranks, num_next)
+    return _ahead(ledger, ranks, ahead)
 
 
 def _make_room_for(ledger: Ledger, ticket: Ticket, ranks: dict[int, int]) -> bool:
@@ -75,18 +71,29 @@ def _make_room_for(ledger: Ledger, ticket: Ticket, ranks: dict[int, int]) -> boo
     return True
 
 
-def _ahead(ledger: Ledger, ranks: dict[int, int], num_next: int) -> Move | None:
+def _ahead(ledger: Ledger, ranks: dict[int, int], ahead: list[Visit]) -> Move | None:
     """Choose what to fetch ahead: the next absent block, if nothing that is needed before it has to go.
 
     Where anything at all has to go, only what is entered next: fetched earlier, it would take the place of what this
     forward began with, and the next one would find nothing left. A convoy may be entering the block that is counted
-    first, one after the other: for it, what comes after that is next.
+    first, one after the other: for it, what comes after that is next. What micro-batches enter only after others have
+    borrowed room for rows is fetched where it fits beside such a loan, else each loan would have it fetched once more.
     """
+    num_next = sum(1 if visit.party is None else 2 for visit in ahead)
+    before_loans = {
+        block
+        for visit in ahead
+        if visit.party is None or not visit.party.is_boarding
+        for block in (visit.ahead if visit.party is None else visit.sure)
+    }
     for block, rank in ranks.items():
         if ledger.states[block] is not State.ABSENT:
             continue
         way = ledger.room.make_way(block, ledger.sizes[block], _idle(ledger, ranks, rank))
         if way is None or (way and rank >= num_next):
+            return None
+        beside_a_loan = ledger.sizes[block] + ledger.most_lent_bytes
+        if block not in before_loans and ledger.room.make_way(block, beside_a_loan, ()) is None:
             return None
         return Move(way[0], is_fetch=False) if way else Move(block, is_fetch=True)
     return None

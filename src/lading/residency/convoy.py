@@ -41,6 +41,14 @@ class Convoy(Iterator[Any]):
         crossings: what is done with each.
         devices: accelerators with random generators of their own.
         returns_errors: whether an exception of a batch is its output, instead of raised.
+
+    Example:
+        >>> import lading, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> with lading.offload(net, {"": "disk"}), lading.convoy(net, iter(torch.ones(6, 1, 64)), width=3) as outputs:
+        ...     first = next(outputs)
+        ...     outputs.stats().width, first.shape
+        (0, torch.Size([1, 64]))
     """
 
     def __init__(
@@ -79,7 +87,8 @@ class Convoy(Iterator[Any]):
             try:
                 job = self._plain() if self._crew is None else self._next(self._crew)
             except BaseException:
-                self._recover()
+                if self._crew is not None:
+                    self._close()
                 raise
         if job is None:
             self._raise_of_source()
@@ -94,7 +103,7 @@ class Convoy(Iterator[Any]):
             return error
         try:
             if isinstance(error, StopIteration):  # it would end the iteration, as in a generator
-                raise RuntimeError(f"batch {job.index} raised StopIteration") from error
+                raise RuntimeError(f"batch {job.index} raised StopIteration") from error  # noqa: TRY004
             raise error
         finally:
             del error, job  # the error's frames hold these, and would hold it
@@ -162,7 +171,7 @@ class Convoy(Iterator[Any]):
         )
 
     def close(self) -> None:
-        """Have micro-batches under way leave the model, and end their threads. Twice is fine, and so is a fork's child."""
+        """Have micro-batches under way leave the model, end their threads. Twice is fine; also in a forked child."""
         if self._process != os.getpid():
             return
         with self._used_alone():
@@ -170,30 +179,33 @@ class Convoy(Iterator[Any]):
 
     def _close(self) -> None:
         if not self._is_closed and self._crew is not None and self._process == os.getpid():
-            self._finalizer.detach()
             self._crew.end()
+            self._finalizer.detach()
         self._is_closed = True
 
-    def _recover(self) -> None:
-        if self._crew is not None and self._process == os.getpid():
-            self._crew.take_back()
-            self._close()
+    @property
+    def is_led_here(self) -> bool:
+        """Say whether the calling thread has micro-batches of it waiting inside the model."""
+        return self._crew is not None and self._crew.leader_id == threading.get_ident()
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:
-        if self._process != os.getpid() or not self._using.acquire(blocking=False):
-            raise ResidencyError(
-                refusal(
-                    "a convoy",
-                    found="it is used by several threads or processes, or by one of its own calls",
-                    expected="one thread that iterates",
-                    way_out="make another convoy",
+        is_mine = False
+        try:  # from here on, an interruption gives it back
+            is_mine = self._process == os.getpid() and self._using.acquire(blocking=False)
+            if not is_mine:
+                raise ResidencyError(
+                    refusal(
+                        "a convoy",
+                        found="it is used by several threads or processes, or by one of its own calls",
+                        expected="one thread that iterates",
+                        way_out="make another convoy",
+                    )
                 )
-            )
-        try:
             yield
         finally:
-            self._using.release()
+            if is_mine:
+                self._using.release()
 
     def __enter__(self) -> Convoy:
         return self

@@ -58,11 +58,12 @@ class Crew:
         self._devices = devices
         self._width = width
         self._leader = Seat(devices)
+        self._is_leading = True
+        """Whether the leader has the baton, as far as an interruption of it let it note."""
         self._members: list[Member] = []
         self._aboard: list[Member] = []
         self._party: Visit | None = None
         self._open_block: int | None = None
-        self._is_boarding = False
         self.is_ending = self.is_abandoned = False
         self.may_board = True
         """Whether there may be more batches."""
@@ -77,13 +78,18 @@ class Crew:
         return not self._aboard
 
     @property
+    def leader_id(self) -> int | None:
+        """Give the thread whose crossing is under way."""
+        return None if self._party is None else self._party.thread_id
+
+    @property
     def wants_more(self) -> bool:
         """Say whether another micro-batch should come along now."""
         if not self.may_board or self.is_ending:
             return False
         if self._party is None:
             return True
-        return self._is_boarding and self._width.wants_more()
+        return self._party.is_boarding and self._width.wants_more()
 
     def stats(self) -> ConvoyStats:
         """Say what happened so far."""
@@ -99,8 +105,10 @@ class Crew:
             CorruptShardError: a file behind the weights was changed in place.
         """
         if self._party is None:
-            self._party = self._schedule.begin(None, frozenset(), is_party=True)
-            self._is_boarding, self._open_block = True, None
+            outer = self._hooks.caller.companion  # this convoy is inside a call of another
+            around = None if outer is None else outer.party
+            self._party = self._schedule.begin(None, frozenset(), around, is_party=True)
+            self._open_block = None
             self._width.begin(self._schedule.counts)
         idle = [member for member in self._members if member.job is None]
         if not idle:
@@ -132,15 +140,17 @@ class Crew:
         seat = self.next_seat()
         if seat is not self._leader:
             self._leader.luggage.pack()
+            self._is_leading = False
             seat.call()
             self._await()
+            self._take_up()
         if self.is_empty and self._party is not None:
             self._end_crossing()
 
     def _end_crossing(self) -> None:
-        party, self._party = self._party, None
-        if party is not None:
-            self._schedule.end(party, is_complete=False)
+        if self._party is not None:
+            self._schedule.end(self._party, is_complete=False)
+            self._party = None
             self._width.end(self._schedule.counts)
 
     def _await(self) -> None:
@@ -159,6 +169,9 @@ class Crew:
                         way_out="call the model batch by batch, or raise patience_s if it waits for something else",
                     )
                 )
+
+    def _take_up(self) -> None:
+        self._is_leading = True
         self._leader.luggage.unpack()
 
     def _give_up(self, member: Member) -> None:
@@ -170,27 +183,33 @@ class Crew:
         self._leader.luggage.unpack()
 
     def end(self) -> None:
-        """Have everybody aboard leave the model, and end the threads. The leader has the baton, or nobody has."""
+        """Have everybody aboard leave the model, and end the threads. Again after an interruption, wherever it was."""
         self.is_ending = True
+        if not self._is_leading:
+            while not self._leader.take(_LOOK_S) and not self._is_baton_lost:
+                pass
+            self._take_up()
         while not self.is_empty:
             self.go_on()
         self._end_crossing()
         while self._members:
-            self._members.pop().dismiss()
+            self._members[-1].dismiss()
+            self._members.pop()
 
-    def take_back(self) -> None:
-        """Wait for the baton after an interruption of the leader, wherever it was."""
-        self.is_ending = True
-        while not self._leader.take(_LOOK_S):
-            if all(member.is_waiting and not member.seat.is_called for member in self._members):
-                break
-        self._leader.luggage.unpack()
+    @property
+    def _is_baton_lost(self) -> bool:
+        """Say whether an interruption of the leader left the baton with nobody."""
+        return all(member.is_waiting and not member.seat.is_called for member in self._members)
 
     def abandon(self) -> None:
         """Let all threads end by themselves: nobody iterates any more. Does not wait; safe in a finalizer."""
         self.is_ending = self.is_abandoned = True
-        for member in self._members:
-            if (member.job is None or member is self._aboard[0]) and not member.seat.is_called:
+        if self._party is not None and not self._aboard:
+            self._party.is_party = False  # an interrupted thread's, which whoever waits ends
+        idle = [member for member in self._members if member.job is None]
+        first = self._aboard[:1] if self._is_leading or self._is_baton_lost else []
+        for member in (*idle, *first):
+            if not member.seat.is_called:
                 member.seat.call()
 
     # Whoever has the baton
@@ -215,9 +234,8 @@ class Crew:
             if self._open_block is None:
                 self._width.first_block = behind.block
             else:
-                self._is_boarding = False
+                self._the_party().is_boarding = False
             self._open_block = behind.block
-            self._schedule.keep(self._the_party(), behind.block)
             here = [member for member in self._aboard if member.block == self._open_block]
         return here[0].seat
 

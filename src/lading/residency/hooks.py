@@ -189,7 +189,7 @@ class Hooks:
         if companion is None:
             self._schedule.enter(visit, block)
             return
-        self._schedule.pause(visit)  # whoever waits for others holds nothing that they need
+        self._schedule.pause(visit, block)  # whoever waits for others holds nothing that they need
         companion.wait_turn(visit, block)
         began = time.perf_counter()
         self._schedule.enter(visit, block)
@@ -200,6 +200,11 @@ class Hooks:
         if not caller.stack or (caller.visit is not None and caller.visit.is_over):
             return True
         return id(caller.stack[0][0]) in self._insides.get(id(module), ())
+
+    @property
+    def is_in_convoy(self) -> bool:
+        """Say whether the calling thread is one of a convoy's, or has one under way."""
+        return self.caller.companion is not None or self._schedule.leads_party
 
     @property
     def is_inside(self) -> bool:

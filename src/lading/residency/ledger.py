@@ -42,6 +42,8 @@ class Ledger:
         self.tickets: list[Ticket] = []
         self.visits: list[Visit] = []
         self.counts = Counts()
+        self.most_lent_bytes = 0
+        """The largest loan so far."""
         self._mover = mover
         self._change = change
         self._entered: set[int] = set()
@@ -56,6 +58,10 @@ class Ledger:
     def is_moving(self) -> bool:
         """Say whether a block is under way, in either direction."""
         return State.FETCHING in self.states or State.EVICTING in self.states
+
+    def leads_party(self, thread_id: int) -> bool:
+        """Say whether a thread has a convoy inside. Needs no lock: only that thread itself changes the answer."""
+        return any(visit.is_party and visit.thread_id == thread_id for visit in tuple(self.visits))
 
     # Leases and loans
 
@@ -109,6 +115,7 @@ class Ledger:
         """Give a ticket the bytes it is for."""
         self.room.take(ticket.num_bytes)
         ticket.visit.lent_bytes += ticket.num_bytes
+        self.most_lent_bytes = max(self.most_lent_bytes, ticket.num_bytes)
         self._count_peak()
         self._let_in(ticket)
 

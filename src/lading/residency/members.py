@@ -16,6 +16,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -120,7 +121,7 @@ class Member:
         self.job: Job | None = None
         self.block: int | None = None
         """The block whose turn it waits for; None before the first one."""
-        self.place = (0, 0)
+        self.place = (0, 0, False)
         """How far it has come: visits, and blocks in this one."""
         self.is_lost = False
         """Whether the convoy went on without it, because it never came back."""
@@ -129,21 +130,24 @@ class Member:
         self._is_first_block = False
         self._since_s = 0.0
         self._waited_s = 0.0
-        limit_arenas()
         self.thread = threading.Thread(target=self._live, name="lading-convoy", daemon=True)
-        self.thread.start()
 
     def board(self, job: Job) -> None:
         """Take a micro-batch along; it begins when the baton comes, with the default dtype of who takes it along."""
-        self.job, self.block, self.place = job, None, (0, 0)
+        self.job, self.block, self.place = job, None, (0, 0, False)
         self.seat.luggage.pack()
         self._num_visits = 0
+        if self.thread.ident is None:
+            limit_arenas()
+            self.thread.start()
 
     def dismiss(self) -> None:
-        """End the thread, which has no micro-batch."""
+        """End the thread, which has no micro-batch. Twice is fine, and so is one that never started."""
         self.job = None
-        self.seat.call()
-        self.thread.join()
+        if not self.seat.is_called:
+            self.seat.call()
+        with suppress(RuntimeError):  # an interruption kept it from starting
+            self.thread.join()
 
     def _live(self) -> None:
         leave_all = self._greet(self)
@@ -202,7 +206,13 @@ class Member:
 
     @property
     def party(self) -> Visit:
-        """Give the convoy's visit."""
+        """Give the convoy's visit.
+
+        Raises:
+            Ended: it went on without this micro-batch.
+        """
+        if self.is_lost:
+            raise Ended
         return self._party()
 
     def set_out(self, visit: Visit) -> None:
@@ -220,7 +230,7 @@ class Member:
             raise Ended
         self._count()
         self._is_first_block = self.block is None
-        self.block, self.place = block, (visit.turn, visit.find(block))
+        self.block, self.place = block, visit.place
         seat = self._course.next_seat()
         if seat is not self.seat:
             self.seat.luggage.pack()

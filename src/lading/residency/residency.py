@@ -50,6 +50,7 @@ class Residency:
         self._is_open = True
         self._closing = threading.Lock()
         self._finalizer = weakref.finalize(model, self._parts.schedule.abandon)
+        self._convoys: weakref.WeakSet[Convoy] = weakref.WeakSet()
         self._hide_device_map = show_device_map(model, plan.device_map)
 
     @staticmethod
@@ -73,7 +74,7 @@ class Residency:
     def _refuse_inside(self, what: str, verb: str) -> None:
         if self._parts.hooks.is_inside:
             raise inside_a_forward(what, verb)
-        if self._parts.schedule.leads_party:
+        if self._parts.hooks.is_in_convoy:
             raise inside_a_convoy(what, verb)
 
     def stats(self) -> ResidencyStats:
@@ -97,6 +98,9 @@ class Residency:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for convoy in list(self._convoys):
+            if convoy.is_led_here:  # an error came between its outputs: nobody iterates any more
+                convoy.close()
         self.close()
 
     def __repr__(self) -> str:
@@ -151,6 +155,11 @@ def convoy_of(  # noqa: PLR0913 - what a convoy is made of
         devices = sorted({weight.device for weight in model.parameters()}, key=str)
         return Convoy(None, batches, crossings, devices, returns_errors=returns_errors)
     parts = residencies[0]._parts
-    chosen = Width(width, parts.supply(), is_one_call=is_one_call)
+    supply = parts.supply()
+    if not any(supply.sizes):
+        return Convoy(None, batches, crossings, parts.devices, returns_errors=returns_errors)
+    chosen = Width(width, supply, is_one_call=is_one_call)
     crew = Crew(parts.hooks, parts.schedule, crossings, parts.devices, chosen)
-    return Convoy(crew, batches, crossings, parts.devices, returns_errors=returns_errors)
+    convoy = Convoy(crew, batches, crossings, parts.devices, returns_errors=returns_errors)
+    residencies[0]._convoys.add(convoy)
+    return convoy

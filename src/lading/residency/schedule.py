@@ -91,19 +91,9 @@ class Schedule:
             self._wake()
             return visit
 
-    def keep(self, party: Visit, block: int) -> None:
-        """Count a block as the next that a convoy needs, until another one is."""
-        with self._lock:
-            party.expected = (block,)
-            self._wake()
-
-    @property
-    def leads_party(self) -> bool:
-        """Say whether the calling thread opened a convoy that is still inside."""
-        with self._lock:
-            return any(visit.is_party and visit.thread_id == threading.get_ident() for visit in self._ledger.visits)
-
     def _wait_to_begin(self) -> None:
+        if self.leads_party:  # it is inside already: who edits waits for it
+            return
         if threading.get_ident() in self._editors:
             raise forward_while_editing()
         while self._editors or (not self._ledger.visits and State.EVICTING in self._ledger.states):
@@ -114,12 +104,7 @@ class Schedule:
             self._start()
 
     def end(self, visit: Visit, *, is_complete: bool) -> None:
-        """Close a visit; evictions end before this returns, if nobody else is inside.
-
-        Args:
-            visit: gives up what it still holds.
-            is_complete: whether it went through; else its order is not learned.
-        """
+        """Close a visit, learn its order if it went through; evictions end before this returns, if nobody is inside."""
         with self._lock:
             self._end(visit)
             if is_complete:
@@ -191,10 +176,12 @@ class Schedule:
                 raise
             visit.held.append(block)
 
-    def pause(self, visit: Visit) -> None:
-        """Give up what a visit holds, before it waits for something else than this schedule; then it enters a block."""
+    def pause(self, visit: Visit, block: int) -> None:
+        """Give up what a visit holds, before it waits for its turn to enter a block."""
         with self._lock:
+            visit.awaited = block
             self._give_up(visit)
+            self._wake()
 
     def leave(self, visit: Visit, block: int) -> None:
         """Leave a block; what it was entered from is entered again."""
@@ -247,6 +234,11 @@ class Schedule:
     def counts(self) -> Counts:
         """Give what is counted, live."""
         return self._ledger.counts
+
+    @property
+    def leads_party(self) -> bool:
+        """Say whether the calling thread has a convoy inside."""
+        return self._ledger.leads_party(threading.get_ident())
 
     @property
     def lendable_bytes(self) -> int:

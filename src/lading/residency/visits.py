@@ -15,9 +15,11 @@ class Visit:
     """Follow one thread's outermost call into the model. Used by that thread; read under the schedule's lock."""
 
     __slots__ = (
+        "awaited",
         "door",
         "expected",
         "held",
+        "is_boarding",
         "is_over",
         "is_party",
         "is_repeated",
@@ -51,8 +53,30 @@ class Visit:
         """The visit of the convoy that this one goes with."""
         self.is_party = is_party
         """Whether it is a convoy's: it enters no block, and no thread's forward stands for it."""
+        self.is_boarding = is_party
+        """Of a convoy: whether micro-batches may still come that have not met their first block."""
         self.turn = 0
         """How many visits of the same micro-batch came before, in a convoy."""
+        self.awaited: int | None = None
+        """The block that it waits to enter, in a convoy."""
+
+    @property
+    def place(self) -> tuple[int, int, bool]:
+        """Say how far it has come in its convoy: visits, blocks in this one, and whether it got into the last."""
+        found = self.position if self.awaited is None else self.find(self.awaited)
+        return self.turn, max(self.position, found), found <= self.position
+
+    @property
+    def sure(self) -> tuple[int, ...]:
+        """List what is left to enter, what it waits for first; nothing before a micro-batch's first block."""
+        if self.awaited is not None:
+            return (self.awaited, *self.expected[self.place[1] :])
+        return () if self.party is not None and not self.seen else self.expected[self.position :]
+
+    @property
+    def ahead(self) -> tuple[int, ...]:
+        """List what is left to enter, and then again what a repeated visit began with."""
+        return (*self.sure, *(self.expected[: self.place[1]] if self.is_repeated else ()))
 
     def find(self, block: int) -> int:
         """Say where in the expected order the visit is when it enters a block; where it is now, if nobody knows."""
@@ -63,6 +87,7 @@ class Visit:
 
     def advance(self, block: int) -> None:
         """Note that the visit enters a block."""
+        self.awaited = None
         self.seen.append(block)
         self.position = self.find(block)
 
@@ -102,7 +127,7 @@ def leaders(visits: Sequence[Visit]) -> list[Visit]:
     for visit in visits:
         if not visit.is_party:
             known = behind.setdefault(id(visit.party or visit), visit)
-            if (visit.turn, visit.position) < (known.turn, known.position):
+            if visit.place < known.place:
                 behind[id(visit.party)] = visit
     return list(behind.values())
 
@@ -112,15 +137,9 @@ def upcoming(visits: Sequence[Visit]) -> Iterator[int]:
 
     After the last of a repeated visit comes the first again, for the next forward: else what it begins with would make
     way, and a cycle through more blocks than there is room for would find none of them. The first visit of all reads
-    nothing for one that may never come. Blocks that it is in the middle of, and gave up for one inside of them, come
-    before all.
+    nothing for one that may never come.
     """
-    ahead = [
-        tuple(block for block in reversed(visit.held) if block != visit.leased)
-        + visit.expected[visit.position :]
-        + (visit.expected[: visit.position] if visit.is_repeated else ())
-        for visit in visits
-    ]
+    ahead = [visit.ahead for visit in visits]
     for depth in range(max(map(len, ahead), default=0)):
         for blocks in ahead:
             if depth < len(blocks):
