@@ -41,7 +41,7 @@ import offload_tables
 from checkpoints import Case, Recipe, prepare
 from offload_contenders import CONTENDERS, budget_of
 from offload_floors import hook_cost, reader_rates, warm_rates
-from offload_run import Job, perform_in_fork
+from offload_run import Job, in_fork, perform
 from tables import Report, describe_machine
 
 SHAPES = {"1x16": [1, 16], "8x128": [8, 128]}
@@ -79,7 +79,9 @@ class Bench:
             shapes=SHAPES,
             runs={"1x16": 2 * few, "8x128": few},
         )
-        return perform_in_fork(job) if self._options.tiny else self._run(job)
+        if self._options.tiny:
+            return in_fork(lambda: perform(job), f"{job.contender}, {job.task}")
+        return self._run(job)
 
     def _run(self, job: Job) -> dict[str, Any]:
         words = [sys.executable, str(SCRIPT), json.dumps(asdict(job))]

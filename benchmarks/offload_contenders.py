@@ -33,21 +33,21 @@ class Contender:
         return find_spec(self.needs) is not None
 
 
-def budget_of(folder: Path) -> tuple[int, int]:
-    """Give the bytes of a model, and a quarter of them, or the least with which it can be streamed if that is more."""
+def budget_of(folder: Path, parts: int = 4) -> tuple[int, int]:
+    """Give a model's bytes, and one part of them, or the least with which it can be streamed if that is more."""
     import lading
 
     plan = lading.plan(str(folder), {"cpu": 2**60})
-    return plan.total_bytes, max(plan.total_bytes // 4, int(plan.explain()["minimum"]["useful"]))
+    return plan.total_bytes, max(plan.total_bytes // parts, int(plan.explain()["minimum"]["useful"]))
 
 
-def plan_of(folder: Path) -> Any:
+def plan_of(folder: Path, parts: int = 4) -> Any:
     """Plan a model into that budget: the same for everybody who takes a device map."""
     import lading
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lading.PlanWarning)
-        return lading.plan(str(folder), {"cpu": budget_of(folder)[1]})
+        return lading.plan(str(folder), {"cpu": budget_of(folder, parts)[1]})
 
 
 def load_in_memory(folder: Path, _: Path) -> Any:
@@ -62,10 +62,10 @@ def load_mapped(folder: Path, _: Path) -> Any:
     return lading.load(str(folder))
 
 
-def load_streamed(folder: Path, _: Path) -> Any:
+def load_streamed(folder: Path, _: Path, parts: int = 4) -> Any:
     import lading
 
-    return lading.load(str(folder), plan=plan_of(folder))
+    return lading.load(str(folder), plan=plan_of(folder, parts))
 
 
 def offload_to_memory(folder: Path, _: Path) -> Any:
@@ -82,11 +82,11 @@ def offload_to_disk(folder: Path, scratch: Path) -> Any:
     return disk_offload(load_mapped(folder, folder), str(scratch), execution_device=torch.device("cpu"))
 
 
-def load_by_device_map(folder: Path, scratch: Path) -> Any:
+def load_by_device_map(folder: Path, scratch: Path, parts: int = 4) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype="auto", device_map=plan_of(folder).device_map, offload_folder=str(scratch)
+        str(folder), dtype="auto", device_map=plan_of(folder, parts).device_map, offload_folder=str(scratch)
     )
 
 

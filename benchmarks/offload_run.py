@@ -48,8 +48,8 @@ class Job:
     """Name of a shape → warm forwards; there are as many cold ones."""
 
 
-def inputs_of(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+def inputs_of(batch: int, tokens: int, seed: int = 1, vocabulary: int = 256) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def digest_of(logits: torch.Tensor) -> str:
@@ -190,23 +190,25 @@ def perform(job: Job) -> dict[str, Any]:
     return {"time": time_forwards, "manners": check_manners}[job.task](job)
 
 
-def perform_in_fork(job: Job) -> dict[str, Any]:
-    """Do it in a fork of this process: at no cost of imports, good for trying that everything runs."""
+def in_fork(act: Callable[[], dict[str, Any]], title: str) -> dict[str, Any]:
+    """Do something in a fork of this process: at no cost of imports, good for trying that everything runs."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(writing, json.dumps(perform(job)).encode())  # a few KiB: fits into the pipe
+            with os.fdopen(writing, "wb") as answer:
+                answer.write(json.dumps(act()).encode())
         except BaseException:  # noqa: BLE001 - the parent is told
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
     os.close(writing)
-    _, status = os.waitpid(child, 0)
     with os.fdopen(reading, "rb") as answer:
-        if status:
-            raise SystemExit(f"{job.contender}, {job.task}: failed, see above")
-        told: dict[str, Any] = json.loads(answer.read())
+        said = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit(f"{title}: failed, see above")
+    told: dict[str, Any] = json.loads(said)
     return told
 
 
