@@ -41,6 +41,7 @@ def cross(width: Width, block_s: float, *, wait_s: float = 0.0, fetched: int = 1
     if count < most:
         assert not width.wants_more()
     counts.fetched_bytes += fetched
+    counts.fetches += fetched // BLOCK
     width.end(counts)
     return count
 
@@ -115,9 +116,9 @@ def test_memory_limits_and_is_named_and_one_always_goes():
 
 def test_a_crossing_that_waited_makes_the_next_one_longer():
     width = rig(1e6)
-    first = cross(width, 1e-3, wait_s=0.0)
-    assert cross(width, 1e-3, wait_s=1e-2) <= first
-    assert cross(width, 1e-3) > first
+    first = cross(width, 0.02, wait_s=0.0)
+    assert cross(width, 0.02, wait_s=0.2) <= first
+    assert cross(width, 0.02) > first
     assert width.stats().bound == "reading"
 
 

@@ -22,8 +22,9 @@ from lading.residency.supply import Supply
 
 _MOST = 64  # threads; each may have as many helpers of its own as torch has threads
 _MARGIN = 1.25  # of computing over fetching, where a device fetches by itself
-_MARGIN_ON_CPU = 20.0  # where fetching takes the processors that compute
-_MORE, _MOST_OF_IT = 1.5, 4.0  # how much longer it becomes where threads waited all the same
+_MARGIN_ON_CPU = 4.0  # where fetching takes the processors that compute
+_TROUBLE_S, _TROUBLE_SHARE = 4e-3, 0.02  # what each fetch costs computing on these, and how much of it may be so
+_MORE, _MOST_OF_IT = 1.5, 4.0  # how much longer crossings become where threads waited all the same
 _WAITED_SHARE = 0.01  # of a crossing: more is not hidden
 
 
@@ -79,9 +80,10 @@ class Width:
         self._given = given
         self._supply = supply
         self._is_one_call = is_one_call
-        self._margin = self._least_margin = _MARGIN_ON_CPU if supply.settle is None else _MARGIN
-        self._learned: tuple[float, float] | None = None
-        """Bytes that the last crossing fetched, and how much longer a micro-batch took than in its first block."""
+        self._stretch = 1.0
+        """How much longer a crossing computes than should do: more where threads waited all the same."""
+        self._learned: tuple[float, int, float] | None = None
+        """Bytes and blocks that the last crossing fetched, and how much longer a micro-batch took than in its first."""
         self._first_block_s: float | None = None
         """How long that was, on average."""
         self.first_block = 0
@@ -92,7 +94,7 @@ class Width:
         self._limited_by = "batches"
         self._widest = (0, "batches")
         self._is_hidden = True
-        self._begun_bytes = self._fetched_bytes = 0
+        self._begun_bytes = self._begun_fetches = self._fetched_bytes = 0
         self._begun_used_bytes = 0
 
     @property
@@ -103,7 +105,7 @@ class Width:
     def begin(self, counts: Counts) -> None:
         """Note that a crossing begins."""
         self._aboard = []
-        self._begun_bytes = counts.fetched_bytes
+        self._begun_bytes, self._begun_fetches = counts.fetched_bytes, counts.fetches
         self._begun_used_bytes = self._supply.used_bytes()
         self._limited_by = "batches"
 
@@ -138,15 +140,18 @@ class Width:
         if rate is None or (self._learned is None and not self._is_one_call):
             return inf
         if self._learned is not None:
-            num_bytes, ratio = self._learned
+            num_bytes, num_fetches, ratio = self._learned
         else:
-            num_bytes = sum(self._supply.sizes)
+            num_bytes, num_fetches = sum(self._supply.sizes), sum(size > 0 for size in self._supply.sizes)
             ratio = num_bytes / max(1, self._supply.sizes[self.first_block])
-        return self._margin * num_bytes / rate / max(ratio * first_s, 1e-9)
+        wanted_s = _MARGIN * num_bytes / rate
+        if self._supply.settle is None:
+            wanted_s = max(_MARGIN_ON_CPU * num_bytes / rate, num_fetches * _TROUBLE_S / _TROUBLE_SHARE)
+        return self._stretch * wanted_s / max(ratio * first_s, 1e-9)
 
     def end(self, counts: Counts) -> None:
         """Note that a crossing is over, and learn from it."""
-        fetched = counts.fetched_bytes - self._begun_bytes
+        fetched, num_fetches = counts.fetched_bytes - self._begun_bytes, counts.fetches - self._begun_fetches
         self._fetched_bytes += fetched
         self._batches += len(self._aboard)
         self._crossings += 1
@@ -157,14 +162,15 @@ class Width:
         if len(self._aboard) >= self._widest[0]:
             self._widest = len(self._aboard), self._limited_by
         if self._supply.settle is not None:  # a device computes and waits where the host does not see it
-            self._is_hidden = len(self._aboard) * self._margin >= self._needed()  # without a margin
+            self._is_hidden = len(self._aboard) * _MARGIN >= self._needed()  # without a margin
             return
         self._is_hidden = self._wait_s <= _WAITED_SHARE * (self._run_s + self._wait_s)
         first_s = sum(timing.first_block_s or 0.0 for timing in self._aboard)
         if first_s:
-            self._learned, self._first_block_s = (fetched, run_s / first_s), first_s / len(self._aboard)
+            self._learned = fetched, num_fetches, run_s / first_s
+            self._first_block_s = first_s / len(self._aboard)
         if wait_s > _WAITED_SHARE * (run_s + wait_s) and self._limited_by == "enough":
-            self._margin = min(self._margin * _MORE, self._least_margin * _MOST_OF_IT)
+            self._stretch = min(self._stretch * _MORE, _MOST_OF_IT)
 
     def stats(self) -> ConvoyStats:
         """Give a snapshot."""
