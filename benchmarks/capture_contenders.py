@@ -190,10 +190,13 @@ def as_it_is(model: Any) -> Any:
     return model
 
 
+_OPEN: list[Any] = []  # what is kept open until the process ends
+
+
 def with_right_flags(model: Any) -> Any:
     from lading.adapters.transformers import thread_safe_outputs
 
-    model.flags = thread_safe_outputs(model)  # kept open as long as the model lives
+    _OPEN.append(thread_safe_outputs(model))
     return model
 
 
