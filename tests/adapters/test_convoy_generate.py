@@ -101,7 +101,10 @@ def test_each_step_fetches_the_weights_once_for_all():
 REFUSED = r"a convoy of sequences: found .*expected a cache for each batch.*\"dynamic\""
 
 
-@pytest.mark.parametrize("where", ["argument", "given config", "own config", "own config beside one", "cache", "batch", "batch's config"])
+@pytest.mark.parametrize(
+    "where",
+    ["argument", "given config", "own config", "own config beside one", "cache", "batch", "batch's config"],
+)
 def test_a_static_cache_is_refused(where):
     from transformers import DynamicCache, GenerationConfig
 

@@ -31,8 +31,8 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
 
     Micro-batches advance block by block: one runs at a time, each in a thread of its own through the unmodified model,
     and gives its output bit for bit as if it were called alone. A model of which nothing streams is called batch by
-    batch. Like any number of threads in one model, batches mix where modules keep one call's state on themselves between
-    their forwards, as recurrent_gemma of transformers 4 does.
+    batch. Like any number of threads in one model, batches mix where modules keep one call's state on themselves
+    between their forwards, as recurrent_gemma of transformers 4 does.
 
     Args:
         model: offloaded by `lading.load` or `lading.offload`; or a method of it, such as ``model.generate``, with which
