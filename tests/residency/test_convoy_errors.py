@@ -25,6 +25,33 @@ def model():
     return seeded(Acting())
 
 
+# Wrong arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 0},
+        {"width": True},
+        {"width": "wide"},
+        {"function": "forward"},
+        {"seed": "dice"},
+        {"seed": 0.5},
+        {"seed": 1 << 64},
+        {"on_error": "ignore"},
+        {"patience_s": "long"},
+        {"patience_s": 0},
+    ],
+    ids=str,
+)
+def test_an_argument_out_of_range_is_refused_before_anything_is_called(model, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(
+        lading.ResidencyError, match=rf"^lading\.convoy: found {name}={value!r} · expected .* · give one"
+    ):
+        lading.convoy(model, inputs(2), **wrong)
+
+
 # Errors of batches ---------------------------------------------------------------------------------------------------
 
 
