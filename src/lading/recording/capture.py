@@ -195,7 +195,10 @@ class Capture:
         except BaseException:
             STATIONS.close(self)
             raise
-        LISTENING.set((*LISTENING.get(), (self, self.ear)))
+        others_open = (
+            each for each in LISTENING.get() if not each[1].is_closed
+        )  # one may have ended in another context
+        LISTENING.set((*others_open, (self, self.ear)))
         return self
 
     def __exit__(
@@ -276,9 +279,9 @@ class Capture:
             if self._selection.reduce is not None:
                 reduced: Any = self._selection.reduce(kept)
                 if not isinstance(reduced, torch.Tensor):
-                    found, way_out = type(reduced).__name__, "hand what is none to a function: to="
+                    kind, way_out = type(reduced).__name__, "hand what is none to a function: to="
                     raise CaptureError(
-                        refusal(f"reduce at {site.name!r}", found=found, expected="a tensor", way_out=way_out)
+                        refusal(f"reduce at {site.name!r}", found=kind, expected="a tensor", way_out=way_out)
                     )
                 kept = reduced
             kept, event = self._selection.move(kept, found)
