@@ -115,6 +115,7 @@ def test_an_element_that_is_no_tensor_is_refused_by_what_there_is(net):
     [
         ({"tokens": "first"}, "tokens: found 'first' · expected one of"),
         ({"mask": [[1, 1]]}, r"mask: found \[\[1, 1\]\] · expected a tensor of rows and tokens"),
+        ({"mask": torch.ones(2, 5)}, "tokens: found None · expected one of .* because of mask="),
         ({"reduce": "mean"}, "reduce: found 'mean' · expected a function"),
         ({"dtype": "float16"}, r"dtype: found 'float16' · expected a torch\.dtype"),
         ({"to": "cuda:99"}, "to='cuda:99': found .* · expected a device that is here"),

@@ -40,6 +40,7 @@ class Selection:
         checks = (
             ("tokens", not isinstance(self.tokens, str) or self.tokens in named, f"one of {named}, or positions"),
             ("mask", self.mask is None or isinstance(self.mask, torch.Tensor), "a tensor of rows and tokens"),
+            ("tokens", self.mask is None or isinstance(self.tokens, str), f"one of {named}, because of mask="),
             ("reduce", self.reduce is None or callable(self.reduce), "a function of one tensor"),
             ("dtype", self.dtype is None or isinstance(self.dtype, torch.dtype), "a torch.dtype"),
         )

@@ -3,7 +3,7 @@
 The iterator's caller leads the crew: its own code runs while every micro-batch waits, and batches are taken in only as
 far as a crossing needs. An error belongs to its batch: the others go on.
 
-Concurrency: one thread iterates and closes; another one is refused.
+Concurrency: one thread iterates and closes; another one is refused while it does.
 """
 
 from __future__ import annotations
