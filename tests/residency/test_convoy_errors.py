@@ -264,3 +264,13 @@ def test_a_residency_that_closes_waits_for_the_crossing_and_the_next_one_is_refu
     closer.join(PATIENCE_S)
     assert not closer.is_alive()
     assert not convoy_threads()
+
+
+def test_a_residency_that_closes_between_crossings_leaves_no_thread(model):
+    with lading.offload(model, {"": "disk"}):
+        outputs = lading.convoy(model, inputs(6), width=2)
+        next(outputs), next(outputs)
+        assert len(convoy_threads()) == 2
+    assert not convoy_threads()
+    with pytest.raises(lading.ResidencyError, match="its residency closed"):
+        next(outputs)
