@@ -101,9 +101,12 @@ def test_each_step_fetches_the_weights_once_for_all():
 REFUSED = r"a convoy of sequences: found .*expected a cache for each batch.*\"dynamic\""
 
 
-@pytest.mark.parametrize("where", ["argument", "given config", "own config", "cache", "batch", "batch's config"])
+@pytest.mark.parametrize(
+    "where",
+    ["argument", "given config", "own config", "own config beside one", "cache", "batch", "batch's config"],
+)
 def test_a_static_cache_is_refused(where):
-    from transformers import DynamicCache
+    from transformers import DynamicCache, GenerationConfig
 
     model = BY_NAME["qwen2-tied"].build()
     config = copy.deepcopy(model.generation_config)
@@ -111,11 +114,12 @@ def test_a_static_cache_is_refused(where):
     constants = {
         "argument": {"cache_implementation": "static"},
         "given config": {"generation_config": config},
+        "own config beside one": {"generation_config": GenerationConfig()},
         "cache": {"past_key_values": DynamicCache()},
     }.get(where, {})
     more = {"batch": {"cache_implementation": "static"}, "batch's config": {"generation_config": config}}.get(where, {})
     batches = [{**prompt, **more} for prompt in prompts()]
-    if where == "own config":
+    if where.startswith("own config"):
         model.generation_config = config
     with lading.offload(model, {"": "disk"}):
         with pytest.raises(lading.ResidencyError, match=REFUSED):
@@ -123,3 +127,12 @@ def test_a_static_cache_is_refused(where):
         model.generation_config.cache_implementation = None
         options = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
         assert len(list(lading.convoy(model.generate, prompts(), width=2, **options))) == 5
+
+
+def test_the_caches_that_old_checkpoints_name_but_transformers_makes_dynamic_are_no_obstacle():
+    model = BY_NAME["qwen2-tied"].build()
+    model.generation_config.cache_implementation = "hybrid"
+    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+    with lading.offload(model, {"": "disk"}):
+        outputs = list(lading.convoy(model.generate, prompts(), width=3, **options))
+    assert same(outputs, alone(model, options))

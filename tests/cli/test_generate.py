@@ -108,6 +108,19 @@ def test_generate_of_several_prompts_gives_each_its_own_text(folder, capsys, tmp
     assert json.loads(capsys.readouterr().out)["texts"][1] == found[1]
 
 
+def test_generate_of_several_prompts_shares_no_static_cache_that_the_model_asks_for(tmp_path, capsys):
+    prompts = [f"w{number} w{2 * number} w{3 * number}" for number in range(1, 9)]
+    expected = [expected_text(saved(llama(), tmp_path), prompt) for prompt in prompts]
+    model = llama()
+    model.generation_config.cache_implementation = "static"
+    arguments = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    memory = f"cpu={half_of(saved(model, tmp_path))}"
+    assert main(["generate", str(tmp_path), *arguments, "--memory", memory, "--new-tokens", "8", "--json"]) == 0
+    assert [each["text"].split() for each in json.loads(capsys.readouterr().out)["texts"]] == [
+        text.split() for text in expected
+    ]
+
+
 def test_generate_in_another_dtype_is_that_models_text(folder, capsys):
     arguments = ["generate", str(folder), "--prompt", PROMPT, "--memory", "cpu=1GiB", "--dtype", "bfloat16", "--json"]
     assert main(arguments) == 0

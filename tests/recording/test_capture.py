@@ -110,6 +110,38 @@ def test_an_element_that_is_no_tensor_is_refused_by_what_there_is(net):
         net(x_of())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": "first"}, "tokens: found 'first' · expected one of"),
+        ({"mask": [[1, 1]]}, r"mask: found \[\[1, 1\]\] · expected a tensor of rows and tokens"),
+        ({"mask": torch.ones(2, 5)}, "tokens: found None · expected one of .* because of mask="),
+        ({"reduce": "mean"}, "reduce: found 'mean' · expected a function"),
+        ({"dtype": "float16"}, r"dtype: found 'float16' · expected a torch\.dtype"),
+        ({"to": "cuda:99"}, "to='cuda:99': found .* · expected a device that is here"),
+        ({"to": ["cpu"]}, r"to=\['cpu'\]: found .* · expected a device that is here"),
+    ],
+)
+def test_what_cannot_be_kept_so_is_refused_before_a_forward(net, options, message):
+    with pytest.raises(lading.CaptureError, match=message):
+        lading.capture(net, "layers.1", **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": [0, 9]}, r"site 'layers\.1': found shape \(2, 5, 8\) · expected .* positions \[0, 9\]"),
+        ({"tokens": -6}, r"site 'layers\.1': found shape \(2, 5, 8\) · expected .* positions -6"),
+        ({"reduce": lambda tensor: tensor.mean().item()}, r"reduce at 'layers\.1': found float · expected a tensor"),
+    ],
+)
+def test_what_a_call_does_not_have_is_an_error_that_names_the_site(net, options, message):
+    with lading.capture(net, "layers.1", **options) as seen, pytest.raises(lading.CaptureError, match=message):
+        net(x_of())
+    assert seen.calls("layers.1") == []
+
+
 @torch.no_grad()
 def test_tokens_reduce_dtype_and_sink_apply_before_anything_is_kept(net):
     x, mask = x_of(), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
+import gc
 import pickle
 import threading
 import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -409,3 +412,19 @@ def test_a_copy_made_while_a_capture_is_open_is_not_heard_and_sheds_its_hooks(ma
     for module in twin.modules():
         assert not [key for key, value in vars(module).items() if key.startswith("_forward") and value]
     assert repr(seen) == "<Capture closed, calls: 0: 2>"
+
+
+@torch.no_grad()
+def test_a_capture_that_ended_in_another_context_is_let_go_by_the_next_one(net):
+    def opened():
+        with lading.capture(net, "layers.*") as seen:
+            yield seen
+
+    holder = opened()
+    ended = weakref.ref(next(holder))
+    contextvars.copy_context().run(holder.close)
+    with lading.capture(net, "layers.*"):
+        net(x_of())
+    del holder
+    gc.collect()
+    assert ended() is None

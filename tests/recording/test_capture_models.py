@@ -106,6 +106,8 @@ def test_the_end_of_hidden_states_is_chosen_by_name(llama):
     for wrong in ("hidden_states:input", "attentions:prenorm"):
         with pytest.raises(lading.CaptureError, match=r"expected hidden_states with one of 'prenorm', 'postnorm'"):
             lading.capture(llama, wrong)
+    with pytest.raises(lading.CaptureError, match=r"several ends of 'hidden_states' · .* another capture inside"):
+        lading.capture(llama, ["hidden_states:prenorm", "hidden_states:postnorm"])
 
 
 @torch.no_grad()

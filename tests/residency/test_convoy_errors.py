@@ -25,6 +25,33 @@ def model():
     return seeded(Acting())
 
 
+# Wrong arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 0},
+        {"width": True},
+        {"width": "wide"},
+        {"function": "forward"},
+        {"seed": "dice"},
+        {"seed": 0.5},
+        {"seed": 1 << 64},
+        {"on_error": "ignore"},
+        {"patience_s": "long"},
+        {"patience_s": 0},
+    ],
+    ids=str,
+)
+def test_an_argument_out_of_range_is_refused_before_anything_is_called(model, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(
+        lading.ResidencyError, match=rf"^lading\.convoy: found {name}={value!r} · expected .* · give one"
+    ):
+        lading.convoy(model, inputs(2), **wrong)
+
+
 # Errors of batches ---------------------------------------------------------------------------------------------------
 
 
@@ -237,3 +264,13 @@ def test_a_residency_that_closes_waits_for_the_crossing_and_the_next_one_is_refu
     closer.join(PATIENCE_S)
     assert not closer.is_alive()
     assert not convoy_threads()
+
+
+def test_a_residency_that_closes_between_crossings_leaves_no_thread(model):
+    with lading.offload(model, {"": "disk"}):
+        outputs = lading.convoy(model, inputs(6), width=2)
+        next(outputs), next(outputs)
+        assert len(convoy_threads()) == 2
+    assert not convoy_threads()
+    with pytest.raises(lading.ResidencyError, match="its residency closed"):
+        next(outputs)

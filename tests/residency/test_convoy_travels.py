@@ -64,6 +64,30 @@ def test_dropout_draws_as_after_a_seed_of_its_own(width, x):
     assert all(torch.equal(one, other) for one, other in zip(plain, expected, strict=True))
 
 
+@pytest.mark.parametrize("is_offloaded", [True, False])
+@pytest.mark.parametrize("seed", [-7, 0, 1 << 63, (1 << 64) - 4])
+def test_any_seed_of_torch_is_taken_as_it_is(seed, is_offloaded):
+    model = seeded(Dropping())
+
+    def run() -> list[int]:
+        return list(lading.convoy(model, range(4), function=lambda _: torch.initial_seed(), seed=seed, width=2))
+
+    if is_offloaded:
+        with lading.offload(model, {"": "disk"}):
+            found = run()
+    else:
+        found = run()
+    with torch.random.fork_rng():
+        assert found == [torch.manual_seed(seed + index).initial_seed() for index in range(4)]
+
+
+def test_further_arguments_reach_a_function_too():
+    model = seeded(Dropping())
+    with lading.offload(model, {"": "disk"}):
+        outputs = lading.convoy(model, [1, 2], function=lambda batch, *, scale: batch * scale, scale=3)
+        assert list(outputs) == [3, 6]
+
+
 def test_without_a_seed_one_is_drawn_from_the_callers_generator(x):
     model = seeded(Dropping())
 

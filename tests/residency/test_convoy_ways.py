@@ -127,3 +127,49 @@ def test_a_block_is_fetched_once_for_all_with_room_for_one():
     list(convoy_through(net, hooks, schedule, ways, 6))
     assert mover.fetched == dict.fromkeys(range(5), 1)
     schedule.close()
+
+
+class Nest(nn.Module):
+    """Blocks in blocks; goes as deep as it is told."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, depth: int) -> int:
+        if depth > 1:
+            self.inner(depth - 1)
+        return depth
+
+
+class Nests(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = Nest(Nest(Nest()))
+
+    def forward(self, depths: list[int]) -> list[int]:
+        return [self.outer(depth) for depth in depths]
+
+
+def test_a_convoy_that_ends_deep_inside_blocks_ends_also_where_they_cannot_be_fetched_again():
+    schedule, mover, _ = make_schedule([1] * 3, 1)
+    net, hooks = Nests(), Hooks(schedule)
+    for number, block in enumerate((net.outer, net.outer.inner, net.outer.inner.inner)):
+        hooks.add_block(block, number)
+    hooks.add_door(net, frozenset(range(3)))
+    supply = Supply(sizes=[1] * 3, pace=Pace(), used_bytes=lambda: 0, settle=None, activation_bytes=1 << 30)
+    crossings = Crossings(call=net, seeds=lambda index: index, patience_s=PATIENCE_S)
+    crew = Crew(hooks, schedule, crossings, (), Width(2, supply, is_one_call=True))
+    outputs = Convoy(crew, [[2, 1], [3]], crossings, (), returns_errors=False)
+    assert next(outputs) == [2, 1]
+    assert any(visit.held == [0, 1] for visit in schedule._ledger.visits)  # before the third
+
+    def fail(block: int) -> None:
+        raise OSError(f"{block} cannot be read")
+
+    mover.on_fetch = fail
+    watched(outputs.close)
+    assert mover.wrong == []
+    assert not convoy_threads()
+    assert schedule._ledger.visits == []
+    schedule.close()

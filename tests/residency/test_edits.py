@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from chain import DEVICE_MAP, Chain
-from crowd import run_together
 from torch import nn
 
 import lading
+from crowd import run_together
 from zoo import BY_NAME, QUIET
 
 pytestmark = QUIET

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from chain import DEVICE_MAP, Chain
-from crowd import PATIENCE_S, run_together
 from torch import nn
 
 import lading
+from crowd import PATIENCE_S, run_together
 from lading.checkpoint import pages
 from lading.placement.given import plan_of
 from lading.residency import readers

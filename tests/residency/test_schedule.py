@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from crowd import PATIENCE_S, run_together
 from fake_mover import FakeMover, make_schedule
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from crowd import PATIENCE_S, run_together
 from lading.errors import ResidencyError
 from lading.residency import choice, ledger, visits, worker
 from lading.residency import schedule as schedule_module

@@ -94,11 +94,12 @@ class Continuer:
         return str(self._tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True))
 
     def _greedy(self) -> dict[str, Any]:
-        """Turn sampling off, with the settings that would be complained about then."""
+        """Turn sampling off, with the settings that would be complained about then, and caches kept at the model."""
         ends = self._model.generation_config.eos_token_id
         end = ends[0] if isinstance(ends, list) else ends
         pad = self._tokenizer.pad_token_id
         unused = {"temperature": None, "top_p": None, "top_k": None, "max_length": None}
+        unused["cache_implementation"] = None  # a static one would be the model's, and several prompts may be under way
         return {"do_sample": False, "num_beams": 1, "pad_token_id": end if pad is None else pad, **unused}
 
 
@@ -137,8 +138,10 @@ def refuse_static_cache(model: Any, arguments: Mapping[str, Any], *, is_for_all:
     Raises:
         ResidencyError: a cache given to all calls, or of a kind that transformers keeps at the model.
     """
-    given = arguments.get("generation_config") or (None if model is None else model.generation_config)
-    kind = arguments.get("cache_implementation") or getattr(given, "cache_implementation", None)
+    own = None if model is None else getattr(model.generation_config, "cache_implementation", None)
+    own = None if own == "hybrid" else own  # which transformers takes for dynamic where nobody asks for it
+    given = getattr(arguments.get("generation_config"), "cache_implementation", None)
+    kind = arguments.get("cache_implementation") or given or own
     found = f"cache_implementation={kind!r}" if kind not in _OWN_CACHES else None
     if is_for_all and arguments.get("past_key_values") is not None:
         found = "past_key_values for all batches"

@@ -92,7 +92,7 @@ def capture(  # noqa: PLR0913 - each says one thing about what is kept
 
 
 def _destination(to: str | torch.device | Sink | None) -> torch.device | Sink | None:
-    if not isinstance(to, str):
+    if to is None or callable(to):
         return to
     if to == "gpu":
         if not torch.accelerator.is_available():
@@ -101,8 +101,14 @@ def _destination(to: str | torch.device | Sink | None) -> torch.device | Sink | 
             )
         return torch.accelerator.current_accelerator()
     try:
-        return torch.device(to)
-    except RuntimeError as error:
+        torch.empty(0, device=to)
+    except (RuntimeError, AssertionError, TypeError) as error:  # an assertion where torch was built without it
         raise CaptureError(
-            refusal(f"to={to!r}", found=str(error).split(". ")[0], expected="a device", way_out='such as "cpu"')
+            refusal(
+                f"to={to!r}",
+                found=str(error).split(". ")[0].splitlines()[0],
+                expected="a device that is here, or a function of name and tensor",
+                way_out='such as "cpu"',
+            )
         ) from error
+    return torch.device(to)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lading.residency.convoy import Convoy
 from lading.residency.crew import Crossings
 from lading.residency.residency import convoy_of
 
-_SEEDS = 1 << 63
+_SEEDS = 1 << 62
 
 
 def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
@@ -43,7 +44,8 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
         width: micro-batches a crossing, at least 1. ``"auto"``: as many as hide fetching behind computing, from how
             long the first block takes and how fast blocks come in, within the memory for activations: what the plan
             keeps for its workload, else half of what is free.
-        function: called with each batch, as it is, in place of ``model``, which it may call any number of times.
+        function: called with each batch, as it is, in place of ``model``, which it may call any number of times. Nobody
+            looks whether its calls keep state on the model, as ``generate`` with a static cache may.
         seed: batch number i runs as after ``torch.manual_seed(seed + i)``; None draws one from torch's generator.
             Random states of Python and NumPy are shared.
         on_error: ``"raise"`` an exception of a batch when its output is due, after which iterating may go on;
@@ -72,7 +74,7 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
         >>> [torch.equal(output, net(batch)) for output, batch in zip(outputs, batches)]
         [True, True, True]
     """
-    _check(width, on_error, patience_s)
+    _check(width, function, seed, on_error, patience_s)
     module = getattr(model, "__self__", model)
     if not isinstance(module, nn.Module):
         raise ResidencyError(
@@ -88,7 +90,7 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
         from lading.adapters.generation import refuse_static_cache
 
         refuse_static_cache(module if model is not module else None, constants)
-    base = int(torch.randint(_SEEDS - 1, (), device="cpu")) if seed is None else seed
+    base = int(torch.randint(_SEEDS, (), device="cpu")) if seed is None else seed
 
     def call(batch: Any) -> Any:
         named = _named(batch)
@@ -97,8 +99,8 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
         return model(*_positional(batch), **named, **constants)
 
     crossings = Crossings(
-        call=function or call,
-        seeds=lambda index: (base + index) % _SEEDS,
+        call=call if function is None else partial(function, **constants),
+        seeds=lambda index: base + index,
         patience_s=patience_s,
     )
     given = None if isinstance(width, str) else width
@@ -106,16 +108,18 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
     return convoy_of(module, batches, crossings, given, is_one_call=is_one_call, returns_errors=on_error == "return")
 
 
-def _check(width: int | str, on_error: str, patience_s: float) -> None:
-    wrong = [
-        (f"width={width!r}", 'a number of at least 1, or "auto"')
-        if width != "auto" and (not isinstance(width, int) or isinstance(width, bool) or width < 1)
-        else None,
-        (f"on_error={on_error!r}", '"raise" or "return"') if on_error not in ("raise", "return") else None,
-        (f"patience_s={patience_s!r}", "a positive number") if not patience_s > 0 else None,
-    ]
-    for found, expected in filter(None, wrong):
-        raise ResidencyError(refusal("lading.convoy", found=found, expected=expected, way_out="give one"))
+def _check(width: Any, function: Any, seed: Any, on_error: Any, patience_s: Any) -> None:
+    checks = (
+        ("width", width, width == "auto" or (type(width) is int and width >= 1), 'a number of at least 1, or "auto"'),
+        ("function", function, function is None or callable(function), "a function of a batch"),
+        ("seed", seed, seed is None or (type(seed) is int and -(1 << 63) <= seed < 1 << 64), "a number of 64 bits"),
+        ("on_error", on_error, on_error in ("raise", "return"), '"raise" or "return"'),
+        ("patience_s", patience_s, isinstance(patience_s, (int, float)) and patience_s > 0, "a positive number"),
+    )
+    for name, value, is_right, expected in checks:
+        if not is_right:
+            found = f"{name}={value!r}"
+            raise ResidencyError(refusal("lading.convoy", found=found, expected=expected, way_out="give one"))
 
 
 def _positional(batch: Any) -> tuple[Any, ...]:

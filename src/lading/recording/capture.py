@@ -63,6 +63,11 @@ class Capture:
         self._selection = selection
         self._stop_after = stop_after
         self._groups = {group.name: group for group in groups}
+        if any(self._groups[group.name] != group for group in groups):
+            found, expected = f"several ends of {name_list(self._groups)}", "one of each"
+            raise CaptureError(
+                refusal("a capture", found=found, expected=expected, way_out="open another capture inside this one")
+            )
         self._log = Log(site.name for site in self._sites)
         self.ear = Ear(note=self._log.note, keep=selection.keep_whole, is_bare=selection.view)
         self._numbers = itertools.count()
@@ -178,7 +183,7 @@ class Capture:
     def __enter__(self) -> Capture:
         if self._state != "new":
             raise CaptureError(
-                refusal("a capture", found=f"an {self._state} one", expected="a new one", way_out="call lading.capture")
+                refusal("a capture", found=f"it is {self._state}", expected="a new one", way_out="call lading.capture")
             )
         self._state = "open"
         others = [group.owner for group in self._groups.values()]
@@ -190,7 +195,10 @@ class Capture:
         except BaseException:
             STATIONS.close(self)
             raise
-        LISTENING.set((*LISTENING.get(), (self, self.ear)))
+        others_open = (
+            each for each in LISTENING.get() if not each[1].is_closed
+        )  # one may have ended in another context
+        LISTENING.set((*others_open, (self, self.ear)))
         return self
 
     def __exit__(
@@ -269,7 +277,13 @@ class Capture:
             masks = masks_above(site.path, calls) if self._selection.asks_mask else ()
             kept = self._selection.choose(found, masks, site.name)
             if self._selection.reduce is not None:
-                kept = self._selection.reduce(kept)
+                reduced: Any = self._selection.reduce(kept)
+                if not isinstance(reduced, torch.Tensor):
+                    kind, way_out = type(reduced).__name__, "hand what is none to a function: to="
+                    raise CaptureError(
+                        refusal(f"reduce at {site.name!r}", found=kind, expected="a tensor", way_out=way_out)
+                    )
+                kept = reduced
             kept, event = self._selection.move(kept, found)
             if callable(self._selection.to):
                 self._selection.to(site.name, kept)

@@ -29,6 +29,7 @@ class Ear:
     """By the identity of their module, while the capture is open."""
     whole: dict[int, str] = field(default_factory=dict)
     """Of these the names of such as are alone at their module, and all of its output, kept as it is."""
+    is_closed: bool = False
 
     def open(self, sites: Iterable[Site], others: Iterable[nn.Module], *, is_whole: bool) -> list[nn.Module]:
         """Begin to listen at sites, and at modules whose calls mean something else too; list the modules of all."""
@@ -45,5 +46,6 @@ class Ear:
 
     def close(self) -> None:
         """Listen no more."""
+        self.is_closed = True
         self.whole.clear()
         self.sites.clear()

@@ -37,12 +37,17 @@ class Selection:
 
     def __post_init__(self) -> None:
         named = ("last", "mean", "mask")
-        if isinstance(self.tokens, str) and self.tokens not in named:
-            raise CaptureError(
-                refusal(
-                    "tokens", found=repr(self.tokens), expected=f"one of {named}, or positions", way_out="choose one"
-                )
-            )
+        checks = (
+            ("tokens", not isinstance(self.tokens, str) or self.tokens in named, f"one of {named}, or positions"),
+            ("mask", self.mask is None or isinstance(self.mask, torch.Tensor), "a tensor of rows and tokens"),
+            ("tokens", self.mask is None or isinstance(self.tokens, str), f"one of {named}, because of mask="),
+            ("reduce", self.reduce is None or callable(self.reduce), "a function of one tensor"),
+            ("dtype", self.dtype is None or isinstance(self.dtype, torch.dtype), "a torch.dtype"),
+        )
+        for name, is_right, expected in checks:
+            if not is_right:
+                found = repr(getattr(self, name))
+                raise CaptureError(refusal(name, found=found, expected=expected, way_out="give one"))
         if self.view and (self.dtype is not None or self.to is not None):
             raise CaptureError(
                 refusal("view=True", found="dtype= or to=", expected="neither: both copy", way_out="leave view out")
@@ -108,7 +113,7 @@ class Selection:
                 )
             )
         if not isinstance(self.tokens, str):
-            return _at(kept_BTD, self.tokens)
+            return _at(kept_BTD, self.tokens, name)
         given = masks if self.mask is None else [Mask(tensor=self.mask, num_given=frozenset(), is_sure=True)]
         mask_BT = _fitting(given, kept_BTD, name)
         if self.tokens == "mask":
@@ -123,12 +128,22 @@ class Selection:
         return (total_BD / weights.sum(dim=1).clamp(min=1)).to(kept_BTD.dtype)
 
 
-def _at(kept_BTD: torch.Tensor, tokens: Any) -> torch.Tensor:
-    if isinstance(tokens, int):
-        return kept_BTD[:, tokens]
-    if isinstance(tokens, slice):
-        return kept_BTD[:, tokens]
-    return kept_BTD[:, torch.as_tensor(tokens, device=kept_BTD.device)]
+def _at(kept_BTD: torch.Tensor, tokens: Any, name: str) -> torch.Tensor:
+    at = tokens if isinstance(tokens, (int, slice, torch.Tensor)) else torch.as_tensor(tokens, device="cpu")
+    is_elsewhere = isinstance(at, torch.Tensor) and at.device.type != "cpu"
+    try:
+        if not is_elsewhere:
+            torch.empty(kept_BTD.shape[1], device="cpu")[at]  # an accelerator fails later, and for good
+    except IndexError as error:
+        raise CaptureError(
+            refusal(
+                f"site {name!r}",
+                found=f"shape {tuple(kept_BTD.shape)}",
+                expected=f"rows and tokens, with the positions {tokens} among them",
+                way_out="choose positions that each call has",
+            )
+        ) from error
+    return kept_BTD[:, at.to(kept_BTD.device) if isinstance(at, torch.Tensor) else at]
 
 
 def _fitting(masks: Sequence[Mask], kept_BTD: torch.Tensor, name: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 The iterator's caller leads the crew: its own code runs while every micro-batch waits, and batches are taken in only as
 far as a crossing needs. An error belongs to its batch: the others go on.
 
-Concurrency: one thread iterates and closes; another one is refused.
+Concurrency: one thread iterates and closes; another one is refused while it does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -176,6 +176,12 @@ class Convoy(Iterator[Any]):
             return
         with self._used_alone():
             self._close()
+
+    def dismiss(self) -> None:
+        """End threads that wait for a crossing which the end of the residency leaves no place for."""
+        with suppress(ResidencyError), self._used_alone():  # who iterates meanwhile is refused, and ends them
+            if self._crew is not None:
+                self._crew.dismiss()
 
     def _close(self) -> None:
         if not self._is_closed and self._crew is not None and self._process == os.getpid():

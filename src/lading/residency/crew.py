@@ -192,6 +192,10 @@ class Crew:
         while not self.is_empty:
             self.go_on()
         self._end_crossing()
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """End the threads, while nobody is aboard."""
         while self._members:
             self._members[-1].dismiss()
             self._members.pop()

@@ -89,7 +89,8 @@ class _Caller:
             _, block, stay, _ = self.stack.pop()
             if stay is not None:
                 stay.__exit__(None, None, None)
-            if block is not None and self.visit is not None:
+            goes_on = depth or is_complete  # else the visit ends: what a block was entered from is not needed again
+            if block is not None and self.visit is not None and goes_on:
                 self._schedule.leave(self.visit, block)
         if not self.stack and self.visit is not None:
             self._schedule.end(self.visit, is_complete=is_complete)

@@ -90,6 +90,8 @@ class Residency:
                 self._parts.close()
                 self._is_open = False
                 self._finalizer.detach()
+                for convoy in list(self._convoys):
+                    convoy.dismiss()
         self._hide_device_map()
 
     def __enter__(self) -> Residency:

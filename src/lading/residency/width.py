@@ -99,8 +99,8 @@ class Width:
 
     @property
     def settle(self) -> Callable[[], None] | None:
-        """Give what waits for a device, where the width depends on how long a first block takes."""
-        return self._supply.settle if self._given is None else None
+        """Give what waits for a device: else nobody knows how long a first block takes. None where nothing is to."""
+        return self._supply.settle
 
     def begin(self, counts: Counts) -> None:
         """Note that a crossing begins."""
