@@ -47,7 +47,8 @@ def convoy(  # noqa: PLR0913 - each says one thing about how batches cross
         function: called with each batch, as it is, in place of ``model``, which it may call any number of times. Nobody
             looks whether its calls keep state on the model, as ``generate`` with a static cache may.
         seed: batch number i runs as after ``torch.manual_seed(seed + i)``; None draws one from torch's generator.
-            Random states of Python and NumPy are shared.
+            Random states of Python and NumPy are shared; torch's generator is the process's, so other threads that
+            draw meanwhile, such as another convoy, change what is drawn.
         on_error: ``"raise"`` an exception of a batch when its output is due, after which iterating may go on;
             ``"return"`` the exception as its output. The other batches go on in either case.
         patience_s: how long model code may stand still, using no processor, before it counts as waiting for another
