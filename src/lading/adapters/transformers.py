@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -25,7 +25,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from lading.adapters.model_request import ModelRequest, load_generation_config
-from lading.adapters.transformers_flags import thread_safe_outputs  # noqa: F401 - public here
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import is_plain_float, require_compatible, torch_dtype
 from lading.checkpoint.empty import empty
@@ -35,9 +34,20 @@ from lading.checkpoint.slots import settle_bytes, shape_refusal
 from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
+if TYPE_CHECKING:
+    from lading.adapters.transformers_flags import thread_safe_outputs as thread_safe_outputs
+
 _LOG = logging.getLogger(__name__)
 ONE_BUILD = threading.RLock()
 """transformers patches torch and its own classes while it builds a model: two builds at once leave them patched."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "thread_safe_outputs":  # it needs transformers' models, which cannot be imported under every context
+        from lading.adapters.transformers_flags import thread_safe_outputs
+
+        return thread_safe_outputs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def read_config(request: ModelRequest) -> PretrainedConfig:
