@@ -35,7 +35,7 @@ from lading.compat import has_transformers5
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 
 if TYPE_CHECKING:
-    from lading.adapters.transformers_flags import thread_safe_outputs as thread_safe_outputs
+    from lading.adapters.transformers_flags import thread_safe_outputs  # noqa: F401 - public here
 
 _LOG = logging.getLogger(__name__)
 ONE_BUILD = threading.RLock()
