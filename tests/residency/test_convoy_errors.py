@@ -266,6 +266,18 @@ def test_a_residency_that_closes_waits_for_the_crossing_and_the_next_one_is_refu
     assert not convoy_threads()
 
 
+def test_who_iterates_while_the_residency_ends_its_threads_is_told_that_it_closed(model):
+    with lading.offload(model, {"": "disk"}):
+        outputs = lading.convoy(model, inputs(6), width=2)
+        next(outputs), next(outputs)
+        with outputs._used_alone():  # as the closing thread holds it
+            outputs.dismiss()
+            with pytest.raises(lading.ResidencyError, match="its residency closed"):
+                next(outputs)
+        outputs.close()
+    assert not convoy_threads()
+
+
 def test_a_residency_that_closes_between_crossings_leaves_no_thread(model):
     with lading.offload(model, {"": "disk"}):
         outputs = lading.convoy(model, inputs(6), width=2)

@@ -24,6 +24,7 @@ from lading.errors import ResidencyError, refusal
 from lading.residency.ambience import Luggage
 from lading.residency.crew import Crew, Crossings
 from lading.residency.members import Job
+from lading.residency.refusals import forward_after_close
 from lading.residency.width import ConvoyStats
 
 _NO_MORE = object()
@@ -68,7 +69,7 @@ class Convoy(Iterator[Any]):
         self._returns_errors = returns_errors
         self._num_taken = 0
         self._source_error: BaseException | None = None
-        self._is_closed = False
+        self._is_closed = self._is_dismissed = False
         self._using = threading.Lock()
         self._process = os.getpid()
         if crew is not None:
@@ -179,6 +180,7 @@ class Convoy(Iterator[Any]):
 
     def dismiss(self) -> None:
         """End threads that wait for a crossing which the end of the residency leaves no place for."""
+        self._is_dismissed = True
         with suppress(ResidencyError), self._used_alone():  # who iterates meanwhile is refused, and ends them
             if self._crew is not None:
                 self._crew.dismiss()
@@ -199,6 +201,8 @@ class Convoy(Iterator[Any]):
         is_mine = False
         try:  # from here on, an interruption gives it back
             is_mine = self._process == os.getpid() and self._using.acquire(blocking=False)
+            if not is_mine and self._is_dismissed:
+                raise forward_after_close()
             if not is_mine:
                 raise ResidencyError(
                     refusal(
