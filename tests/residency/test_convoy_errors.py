@@ -270,10 +270,11 @@ def test_who_iterates_while_the_residency_ends_its_threads_is_told_that_it_close
     with lading.offload(model, {"": "disk"}):
         outputs = lading.convoy(model, inputs(6), width=2)
         next(outputs), next(outputs)
-        with outputs._used_alone():  # as the closing thread holds it
-            outputs.dismiss()
-            with pytest.raises(lading.ResidencyError, match="its residency closed"):
-                next(outputs)
+        outputs._users.append(0)  # as the closing thread does
+        outputs.dismiss()
+        with pytest.raises(lading.ResidencyError, match="its residency closed"):
+            next(outputs)
+        outputs._users.remove(0)
         outputs.close()
     assert not convoy_threads()
 

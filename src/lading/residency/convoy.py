@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -70,7 +70,8 @@ class Convoy(Iterator[Any]):
         self._num_taken = 0
         self._source_error: BaseException | None = None
         self._is_closed = self._is_dismissed = False
-        self._using = threading.Lock()
+        self._users: list[int] = []
+        """Threads that are at it: no lock, which an interruption could leave taken."""
         self._process = os.getpid()
         if crew is not None:
             self._finalizer = weakref.finalize(self, crew.abandon)
@@ -80,7 +81,8 @@ class Convoy(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        with self._used_alone():
+        try:
+            self._claim()
             if self._is_closed:
                 raise ResidencyError(
                     refusal("a convoy", found="it was closed", expected="an open one", way_out="call lading.convoy")
@@ -91,6 +93,8 @@ class Convoy(Iterator[Any]):
                 if self._crew is not None:
                     self._close()
                 raise
+        finally:
+            self._leave()
         if job is None:
             self._raise_of_source()
             raise StopIteration
@@ -175,15 +179,22 @@ class Convoy(Iterator[Any]):
         """Have micro-batches under way leave the model, end their threads. Twice is fine; also in a forked child."""
         if self._process != os.getpid():
             return
-        with self._used_alone():
+        try:
+            self._claim()
             self._close()
+        finally:
+            self._leave()
 
     def dismiss(self) -> None:
         """End threads that wait for a crossing which the end of the residency leaves no place for."""
         self._is_dismissed = True
-        with suppress(ResidencyError), self._used_alone():  # who iterates meanwhile is refused, and ends them
-            if self._crew is not None:
-                self._crew.dismiss()
+        try:
+            with suppress(ResidencyError):  # who iterates meanwhile is refused, and ends them
+                self._claim()
+                if self._crew is not None:
+                    self._crew.dismiss()
+        finally:
+            self._leave()
 
     def _close(self) -> None:
         if not self._is_closed and self._crew is not None and self._process == os.getpid():
@@ -196,26 +207,25 @@ class Convoy(Iterator[Any]):
         """Say whether the calling thread has micro-batches of it waiting inside the model."""
         return self._crew is not None and self._crew.leader_id == threading.get_ident()
 
-    @contextmanager
-    def _used_alone(self) -> Iterator[None]:
-        is_mine = False
-        try:  # from here on, an interruption gives it back
-            is_mine = self._process == os.getpid() and self._using.acquire(blocking=False)
-            if not is_mine and self._is_dismissed:
-                raise forward_after_close()
-            if not is_mine:
-                raise ResidencyError(
-                    refusal(
-                        "a convoy",
-                        found="it is used by several threads or processes, or by one of its own calls",
-                        expected="one thread that iterates",
-                        way_out="make another convoy",
-                    )
-                )
-            yield
-        finally:
-            if is_mine:
-                self._using.release()
+    def _claim(self) -> None:
+        """Note that this thread uses it; the first in the list does, and whoever claims takes itself off again."""
+        self._users.append(threading.get_ident())
+        if self._process == os.getpid() and len(self._users) == 1:
+            return
+        if self._is_dismissed:
+            raise forward_after_close()
+        raise ResidencyError(
+            refusal(
+                "a convoy",
+                found="it is used by several threads or processes, or by one of its own calls",
+                expected="one thread that iterates",
+                way_out="make another convoy",
+            )
+        )
+
+    def _leave(self) -> None:
+        with suppress(ValueError):  # an interruption came before the claim
+            self._users.remove(threading.get_ident())
 
     def __enter__(self) -> Convoy:
         return self

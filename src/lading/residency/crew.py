@@ -107,7 +107,13 @@ class Crew:
         if self._party is None:
             outer = self._hooks.caller.companion  # this convoy is inside a call of another
             around = None if outer is None else outer.party
-            self._party = self._schedule.begin(None, frozenset(), around, is_party=True)
+            self._party = Visit(None, (), party=around, is_party=True)
+            try:
+                self._schedule.begin_party(self._party)
+            except BaseException:
+                self._schedule.end(self._party, is_complete=False)
+                self._party = None
+                raise
             self._open_block = None
             self._width.begin(self._schedule.counts)
         idle = [member for member in self._members if member.job is None]

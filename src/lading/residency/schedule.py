@@ -66,16 +66,13 @@ class Schedule:
 
     # Visits
 
-    def begin(
-        self, door: object, reachable: frozenset[int], party: Visit | None = None, *, is_party: bool = False
-    ) -> Visit:
+    def begin(self, door: object, reachable: frozenset[int], party: Visit | None = None) -> Visit:
         """Open a visit through a door: a module. Waits while somebody edits.
 
         Args:
             door: whose order is learned.
             reachable: the blocks below it.
             party: the convoy's visit that this one goes with: it is inside already, and waits for nobody.
-            is_party: it is a convoy's own: of no door, and ended by `end` alone.
 
         Raises:
             ResidencyError: closed; or this thread itself is editing.
@@ -84,12 +81,20 @@ class Schedule:
         with self._lock:
             if party is None:
                 self._wait_to_begin()
-            visit = Visit(door, self._orders.of(door, reachable), party=party, is_party=is_party)
+            visit = Visit(door, self._orders.of(door, reachable), party=party)
             if party is not None or not self._mover.makes_copies:  # else copies are stale by the next visit
                 visit.is_repeated = door in self._orders.learned
             self._ledger.visits.append(visit)
             self._wake()
             return visit
+
+    def begin_party(self, party: Visit) -> None:
+        """Open a convoy's visit, which `end` alone ends; it is noted before by who does. Raises as `begin`."""
+        with self._lock:
+            if party.party is None:
+                self._wait_to_begin()
+            self._ledger.visits.append(party)
+            self._wake()
 
     def _wait_to_begin(self) -> None:
         if self.leads_party:  # it is inside already: who edits waits for it
