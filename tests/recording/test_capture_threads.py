@@ -127,7 +127,11 @@ def test_eight_threads_beside_the_first_compilation_of_the_same_model(net, num_c
 
     def try_to_compile_it() -> None:
         with contextlib.suppress(IndexError):  # torch numbers the hooks that it guards, and may find fewer afterwards
-            compile_it()
+            try:
+                compile_it()
+            except AssertionError as error:
+                if not str(error).startswith("Guard failed on the same frame"):  # or another number of them
+                    raise
 
     assert count_wrong(net, num_calls, try_to_compile_it) == []
     compile_it()

@@ -9,13 +9,14 @@ Concurrency: one thread iterates and closes; another one is refused while it doe
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -209,7 +210,10 @@ class Convoy(Iterator[Any]):
 
     def _claim(self) -> None:
         """Note that this thread uses it; the first in the list does, and whoever claims takes itself off again."""
-        self._users.append(threading.get_ident())
+        me = threading.get_ident()
+        self._users.append(me)
+        if len(self._users) > 1 and {*self._users} == {me} and self._num_calls_here() == 1:
+            self._users[:] = [me]  # an interruption kept an earlier call from taking itself off
         if self._process == os.getpid() and len(self._users) == 1:
             return
         if self._is_dismissed:
@@ -222,6 +226,16 @@ class Convoy(Iterator[Any]):
                 way_out="make another convoy",
             )
         )
+
+    def _num_calls_here(self) -> int:
+        """Count the calls of this convoy that this thread is inside of."""
+        calls = (Convoy.__next__.__code__, Convoy.close.__code__, Convoy.dismiss.__code__)
+        frame: FrameType | None = sys._getframe()
+        count = 0
+        while frame is not None:
+            count += frame.f_code in calls and frame.f_locals.get("self") is self
+            frame = frame.f_back
+        return count
 
     def _leave(self) -> None:
         with suppress(ValueError):  # an interruption came before the claim
