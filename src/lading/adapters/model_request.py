@@ -55,7 +55,10 @@ class ModelRequest:
 
 
 def load_generation_config(model: Any, request: ModelRequest) -> None:
-    """Read generation_config.json, and custom generation code if it is allowed, as ``from_pretrained`` does."""
+    """Read generation_config.json, and custom generation code if it is trusted, as ``from_pretrained`` does.
+
+    transformers 4 also runs the code of a local folder that nobody said to trust; here it stays what it was.
+    """
     if not model.can_generate() or (has_transformers5() and not hasattr(model, "adjust_generation_fn")):
         return
     place = request.directory_or_repo_id
@@ -67,10 +70,10 @@ def load_generation_config(model: Any, request: ModelRequest) -> None:
         model.generation_config = GenerationConfig.from_pretrained(place, **hub)
     except OSError:
         _LOG.info("%s has no generation_config.json: its model configuration speaks for it", place)
-    if not hasattr(model, "load_custom_generate"):  # it can generate in a way of its own, like SpeechT5
+    if not request.trust_remote_code or not hasattr(model, "load_custom_generate"):  # like SpeechT5, which has its own
         return
     try:
-        code = model.load_custom_generate(place, trust_remote_code=request.trust_remote_code, **hub)
+        code = model.load_custom_generate(place, trust_remote_code=True, **hub)
     except OSError:
         return  # the repository brings none, as nearly all
     model.generate = partial(code, model=model)

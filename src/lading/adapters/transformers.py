@@ -60,7 +60,7 @@ def read_config(request: ModelRequest) -> PretrainedConfig:
     if isinstance(given, PretrainedConfig):
         return given
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             request.directory_or_repo_id, trust_remote_code=request.trust_remote_code, **request.hub_kwargs
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON, but no object
@@ -72,6 +72,29 @@ def read_config(request: ModelRequest) -> PretrainedConfig:
                 way_out="use lading.empty() and lading.load_into() for other modules",
             )
         ) from error
+    if not request.trust_remote_code and "attn_implementation" not in request.model_kwargs:
+        _refuse_hub_kernels(config, request)
+    return config
+
+
+def _refuse_hub_kernels(config: PretrainedConfig, request: ModelRequest) -> None:
+    """Refuse a configuration that names code of somebody's repository as its attention: transformers would run it."""
+    named: list[Any] = []
+    parts = [config]
+    for part in parts:
+        named += [getattr(part, f"_{kind}_implementation", None) for kind in ("attn", "experts")]
+        parts += [inner for inner in vars(part).values() if isinstance(inner, PretrainedConfig)]
+    named += [name for each in named if isinstance(each, dict) for name in each.values()]
+    kernels = [name for name in named if isinstance(name, str) and "/" in name]
+    if kernels:
+        raise CheckpointError(
+            refusal(
+                f"{request.directory_or_repo_id}, config.json",
+                found=f"code of the repository {kernels[0]!r} as its attention",
+                expected="an implementation that transformers has, such as 'sdpa'",
+                way_out="pass attn_implementation=, or trust_remote_code=True if you trust it",
+            )
+        )
 
 
 def find_class(config: PretrainedConfig, request: ModelRequest) -> type[Any]:
@@ -213,6 +236,7 @@ def _load_through_transformers(
             dtype=request.dtype,
             device_map=request.device_map,
             output_loading_info=True,
+            trust_remote_code=request.trust_remote_code,
             ignore_mismatched_sizes=True,  # they are refused by name afterwards
             **kwargs,
         )
