@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from lading.checkpoint.completeness import Strictness
 from lading.checkpoint.locate import Source
 from lading.compat import has_transformers5
 
@@ -29,7 +30,7 @@ class ModelRequest:
     model_class: type | str | None = None
     """A class, an auto class or the name of either; None means the configuration's own architecture."""
     dtype: torch.dtype | str | dict[str, Any] | None = "auto"
-    strict: bool = True
+    strict: Strictness = True
     trust_remote_code: bool = False
     device_map: Any = None
     """None or one device for everything."""
@@ -57,9 +58,14 @@ class ModelRequest:
 def load_generation_config(model: Any, request: ModelRequest) -> None:
     """Read generation_config.json, and custom generation code if it is trusted, as ``from_pretrained`` does.
 
+    A ``generation_config`` that the caller gave takes its place, and no generation code is looked for then.
     transformers 4 also runs the code of a local folder that nobody said to trust; here it stays what it was.
     """
     if not model.can_generate() or (has_transformers5() and not hasattr(model, "adjust_generation_fn")):
+        return
+    given = request.model_kwargs.get("generation_config")
+    if given is not None:
+        model.generation_config = model.generation_config.from_dict(given.to_dict())
         return
     place = request.directory_or_repo_id
     hub = {**request.hub_kwargs, "force_download": False, "proxies": None}

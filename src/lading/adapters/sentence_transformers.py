@@ -91,9 +91,9 @@ def find_directory(path_or_repo_id: str, *, trust_remote_code: bool = False) -> 
         raise CheckpointNotFoundError(
             refusal(
                 path_or_repo_id,
-                found=f"no such directory, and no repository ({error})",
+                found="no directory of that name, and nothing of it in the hub's cache or on the hub",
                 expected="a model's directory or repository",
-                way_out="check the name, or download the model first",
+                way_out="check the name, download the model, or unset HF_HUB_OFFLINE",
             )
         ) from error
 
