@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lading.adapters.model_request import ModelRequest
 from lading.checkpoint.locate import find_file
 from lading.compat import has_transformers5
@@ -144,10 +146,13 @@ def _not_in_file(model: Any, adapter: Adapter) -> list[str]:
     return sorted(set(model.get_adapter_state_dict(adapter.name)) - stored)
 
 
-def inject_empty(skeleton: Any, adapter: Adapter) -> None:
-    """Add an adapter's layers to a model without weights, on meta, so that a plan counts them."""
+def inject_empty(skeleton: Any, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Add an adapter's layers to a model without weights, on meta, in the dtype that the model is loaded in."""
     from peft import PeftConfig, inject_adapter_in_model
 
     config = PeftConfig.from_pretrained(adapter.place, **adapter.kwargs)
     config.inference_mode = True
+    before = set(skeleton.parameters())
     inject_adapter_in_model(config, skeleton, adapter.name, low_cpu_mem_usage=True)
+    for parameter in set(skeleton.parameters()) - before:
+        parameter.data = parameter.data.to(dtype)

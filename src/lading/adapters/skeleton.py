@@ -99,7 +99,7 @@ def skeleton_of(request: ModelRequest) -> Skeleton:
                 tensor.data = tensor.data.to(dtypes[id(tensor)])
         sizes = {} if quantizer is None else quantised_bytes(model, quantizer, find_catalog)
         if adapter is not None:
-            inject_empty(model, adapter)
+            inject_empty(model, adapter, dtype)
     return _describe(model.eval(), dtype, {}, sizes)
 
 
