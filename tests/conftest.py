@@ -31,6 +31,7 @@ settings.load_profile("lading")
 _OPTIONAL = (
     "accelerate",
     "bitsandbytes",
+    "compressed_tensors",
     "deepspeed",
     "flair",
     "gradio",
@@ -38,6 +39,7 @@ _OPTIONAL = (
     "lance",
     "peft",
     "sentence_transformers",
+    "torchao",
 )
 
 

@@ -65,6 +65,13 @@ class ModelChoice:
         given = [self.loader_kwargs.get(name) for name in ("quantization_config", "load_in_4bit", "load_in_8bit")]
         return any(given) or getattr(self.config, "quantization_config", None) is not None
 
+    @property
+    def reads_own_files(self) -> bool:
+        """Say whether the quantizer needs the files themselves, as torchao, which describes its tensors in them."""
+        named = getattr(self.config, "quantization_config", None) or {}
+        method = named.get("quant_method") if isinstance(named, dict) else getattr(named, "quant_method", None)
+        return getattr(method, "value", method) == "torchao"
+
 
 def choose_model(request: ModelRequest) -> ModelChoice:
     """Choose the class that was asked for, else the configuration's architecture, and read its configuration.

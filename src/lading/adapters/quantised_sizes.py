@@ -58,6 +58,29 @@ def is_bitsandbytes(quantizer: Any) -> bool:
     return quantizer is not None and bool(quantizer.quantization_config.quant_method == "bitsandbytes")
 
 
+def refuse_growing(quantizer: Any, subject: str) -> None:
+    """Refuse to place what grows: compressed-tensors unpacks its weights in the model's first forward.
+
+    Args:
+        quantizer: transformers' own, or None.
+        subject: the model, for the message.
+
+    Raises:
+        PlanError: it will, so that no number of bytes holds before and after.
+    """
+    settings = getattr(quantizer, "quantization_config", None)
+    method = getattr(settings, "quant_method", None)
+    if getattr(method, "value", method) == "compressed-tensors" and not getattr(settings, "dequantize", False):
+        raise PlanError(
+            refusal(
+                subject,
+                found="a compressed-tensors checkpoint, which is decompressed in the first forward",
+                expected="weights of a fixed size",
+                way_out="load it whole, or save it decompressed first (transformers: dequantize=True)",
+            )
+        )
+
+
 def quantised_bytes(model: nn.Module, quantizer: Any, find_catalog: Callable[[], Catalog | None]) -> dict[str, int]:
     """Give the bytes of each quantised weight by name: from the headers, else as bitsandbytes will make them.
 
@@ -69,6 +92,7 @@ def quantised_bytes(model: nn.Module, quantizer: Any, find_catalog: Callable[[],
     Raises:
         PlanError: neither can be told.
     """
+    refuse_growing(quantizer, type(model).__name__)
     if getattr(quantizer.quantization_config, "dequantize", False):
         return {}
     catalog = find_catalog() if quantizer.pre_quantized else None

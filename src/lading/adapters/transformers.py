@@ -32,7 +32,7 @@ from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.report import LoadReport
 from lading.checkpoint.slots import settle_bytes, shape_refusal
 from lading.compat import has_transformers5
-from lading.errors import CheckpointError, ShapeMismatchError, name_list
+from lading.errors import CheckpointError, ShapeMismatchError, name_list, refusal
 from lading.names import folded
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def _build(
             raise
         _refuse_cast_kinds(_skeleton(choice), catalog)
         raise CheckpointError(f"{catalog.describe()}: {error}") from error
+    except CheckpointError:
+        raise
     except ValueError as error:  # transformers 4, where the checkpoint has only what stands beside the base model
         skeleton = _skeleton(choice)
         hold(_names(sorted(set(skeleton.state_dict()) - set(tensors)), [], skeleton, catalog), strict=True)
@@ -142,11 +144,14 @@ def _load_through_transformers(
     kwargs = {**choice.loader_kwargs, **choice.init_kwargs}
     for name in ("adapter_kwargs", "adapter_name", "generation_config"):  # heeded afterwards
         kwargs.pop(name, None)
-    with _quiet_unless_terminal():
+    source: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(tensors)}
+    if choice.reads_own_files:
+        source = {"pretrained_model_name_or_path": request.directory_or_repo_id, **request.hub_kwargs}
+        source |= {"variant": request.source.variant, "use_safetensors": request.source.use_safetensors}
+    with _quiet_unless_terminal(), _refusing_quantizers(request, choice):
         model, info = choice.model_class.from_pretrained(
-            None,
+            **source,
             config=choice.config,
-            state_dict=dict(tensors),
             dtype=request.dtype,
             device_map=request.device_map,
             output_loading_info=True,
@@ -203,6 +208,24 @@ def _quiet_unless_terminal() -> Iterator[None]:
     finally:
         if was_active and not transformers_logging.is_progress_bar_enabled():
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _refusing_quantizers(request: ModelRequest, choice: ModelChoice) -> Iterator[None]:
+    """Say by name what a quantizer of transformers refuses: a missing package, a machine without its device."""
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        if not choice.is_quantised:
+            raise
+        raise CheckpointError(
+            refusal(
+                request.directory_or_repo_id,
+                found=f"a quantised checkpoint that transformers cannot load here ({str(error).strip()})",
+                expected="its package, and a device that it works on",
+                way_out="install what is named, or load a checkpoint that is not quantised",
+            )
+        ) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lading.adapters.accelerate_hooks import unhooked
+from lading.adapters.quantised_sizes import refuse_growing
 from lading.api.arguments import BY_PLAN
 from lading.api.planning import plan as make_plan
 from lading.errors import PlanError, refusal
@@ -73,6 +74,7 @@ def offload(  # noqa: PLR0913 - the names that users of device maps know
     folder = None if offload_folder is None else Path(offload_folder)
     skipped = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
     settings = Settings(offload_folder=folder, skip_keys=skipped, io_same_device=io_same_device)
+    refuse_growing(getattr(model, "hf_quantizer", None), type(model).__name__)
     with unhooked(model, replace=replace_hooks):
         if not isinstance(plan, Plan):
             plan = plan_of(blocks_of(model, BlockRules(no_split_classes=declared_whole(model))), plan)
