@@ -148,3 +148,12 @@ def test_load_of_torchao_equals_from_pretrained(torchao):
 def test_load_of_pickled_torchao_names_what_is_never_run(torchao):
     with pytest.raises(CheckpointError, match=r"_rebuild_from_type_v2, which lading never runs .* as safetensors"):
         lading.load(torchao)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "no_such_method"])
+def test_load_of_a_quantiser_that_is_not_here_is_refused_by_name(plain, tmp_path, method):
+    folder = quantised(plain, tmp_path / method, lambda name, weight: {name: weight}, quant_method=method, bits=4)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(folder))}.*: found .*{method}|(?i:{method})"):
+        lading.load(folder)
+    with pytest.raises((CheckpointError, PlanError), match=f"(?i){method}"):
+        lading.plan(folder, {"cpu": "1GiB"})
