@@ -388,3 +388,16 @@ NETS: tuple[type[nn.Module], ...] = (
     Recurrent,
     Empty,
 )
+
+
+def save_tokenizer(folder, words) -> None:
+    """Save a tokenizer of whole words, the first of which ends a text and the second stands for unknown ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end, unknown = words[:2]
+    split = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=split, unk_token=unknown, eos_token=end, pad_token=end).save_pretrained(
+        folder
+    )

@@ -5,11 +5,15 @@ Reads versions without importing the packages.
 
 from __future__ import annotations
 
+import gc
 import mmap
+import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
+from types import FrameType
 from typing import Any
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -17,6 +21,36 @@ MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 MADV_POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
 """Linux 5.14: fault pages in, and answer EFAULT where a later access would be killed by SIGBUS."""
+
+
+_COLLECTOR_SWITCH = threading.RLock()  # reentrant: a signal handler may ask while its own thread does
+
+
+def _renew_switch() -> None:
+    global _COLLECTOR_SWITCH  # noqa: PLW0603 - a child's copy may be held by a thread that the child lacks
+    _COLLECTOR_SWITCH = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_switch)
+
+
+def frame_of(thread_id: int) -> FrameType | None:
+    """Give the innermost frame of a thread; None where there is no such thread.
+
+    CPython 3.11 before 3.11.9 holds a lock of the interpreter while it lists the frames of all threads; if the garbage
+    collector runs then, and lets another thread start or end, the process stands still for ever (gh-106883). So the
+    collector is off meanwhile. Blocks for microseconds; any thread, also in a signal handler.
+    """
+    if thread_id == threading.get_ident():
+        return sys._getframe(1)
+    with _COLLECTOR_SWITCH:
+        is_on = gc.isenabled()
+        try:
+            gc.disable()
+            return sys._current_frames().get(thread_id)
+        finally:
+            if is_on:
+                gc.enable()
 
 
 def keep_from_compiling(function: Callable[..., Any]) -> None:

@@ -70,3 +70,34 @@ def renamed(name: str, rename: Rename | None) -> str | None:
     rest = name if prefix == "" else name[len(prefix.rstrip(".")) + 1 :]
     target = rename[prefix].rstrip(".")
     return f"{target}.{rest}" if target else rest
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Write names that differ in one number as one name: consecutive numbers as a range, others listed.
+
+    Folds the innermost number first; the order is that of `natural_key`.
+
+    >>> folded(["layers.0.w", "layers.1.w", "layers.2.w", "norm.w"])
+    ['layers.{0...2}.w', 'norm.w']
+    >>> folded(["a.0.b.3", "a.0.b.5", "a.1.b.3", "a.1.b.5"])
+    ['a.{0,1}.b.{3,5}']
+    """
+    rows = [_DIGITS.split(name) for name in sorted(set(names), key=natural_key)]
+    for place in range(max(map(len, rows), default=1) - 2, 0, -2):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in rows:
+            number = row[place] if place < len(row) else ""
+            groups.setdefault((*row[:place], "", *row[place + 1 :]) if number else tuple(row), []).append(number)
+        rows = [
+            [*row[:place], _as_range(numbers), *row[place + 1 :]] if numbers[0] else list(row)
+            for row, numbers in groups.items()
+        ]
+    return ["".join(row) for row in rows]
+
+
+def _as_range(numbers: list[str]) -> str:
+    first, last = int(numbers[0]), int(numbers[-1])
+    if len(numbers) == 1:
+        return numbers[0]
+    is_run = len(numbers) > 2 and [int(number) for number in numbers] == list(range(first, last + 1))
+    return f"{{{first}...{last}}}" if is_run else f"{{{','.join(numbers)}}}"

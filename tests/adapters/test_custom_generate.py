@@ -1,4 +1,4 @@
-"""Generation code that a folder brings runs exactly where `from_pretrained` would run it."""
+"""Generation code that a folder brings runs where the folder is trusted, and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ def test_load_trusting_a_folder_generates_with_its_code(model_path):
     assert lading.load(model_path, trust_remote_code=True).generate(inputs=ids).tolist() == [[1, 2, 3]]
 
 
-@pytest.mark.parametrize("trust", [True, False])
-def test_load_takes_generation_code_where_from_pretrained_does(model_path, trust):
-    """The two major versions disagree about an untrusted local folder."""
-    expected = LlamaForCausalLM.from_pretrained(model_path, trust_remote_code=trust)
-    model = lading.load(model_path, trust_remote_code=trust)
-    assert ("generate" in vars(model)) == ("generate" in vars(expected))
+def test_load_without_trust_leaves_generation_code_alone(model_path):
+    """transformers 4 runs that of a local folder unasked; here nobody's code does."""
+    model = lading.load(model_path)
+    assert "generate" not in vars(model)
+    assert model.generate(inputs=torch.ones(1, 2, dtype=torch.long), max_new_tokens=1).shape == (1, 3)

@@ -144,7 +144,9 @@ def test_skeleton_of_a_cached_repository_with_nothing_but_its_configuration(tmp_
 def test_skeleton_passes_arguments_of_the_model_on_and_refuses_others(saved: Directory):
     bare = skeleton(saved(BY_NAME["bert"]), model_class="BertModel", model_kwargs={"add_pooling_layer": False})
     assert not [name for name in named_tensors(bare.module) if "pooler" in name]
-    with pytest.raises(lading.PlanError, match="the arguments 'gguf_file', which may change what is loaded"):
+    with pytest.raises(lading.PlanError, match="the arguments 'tp_plan', which may change what is loaded"):
+        skeleton(saved(BY_NAME["bert"]), model_kwargs={"tp_plan": "auto"})
+    with pytest.raises(TypeError, match=r"found gguf_file= .* use transformers' from_pretrained"):
         skeleton(saved(BY_NAME["bert"]), model_kwargs={"gguf_file": "x.gguf"})
 
 

@@ -170,7 +170,7 @@ def test_load_into_that_fails_leaves_each_net_as_it_was(tmp_path, net_class, is_
     net = blank(net_class, is_real=is_real)
     before = snapshot(net)
     with pytest.raises(CheckpointError, match=r"no.such.name"):
-        lading.load_into(net, path)
+        lading.load_into(net, path, strict="exact")
     assert snapshot(net) == before
 
 
@@ -258,7 +258,7 @@ def test_load_into_with_rename_of_whole_names_and_of_none_leaves_out(tmp_path):
     assert report.unexpected == ()
     assert report.num_tensors == len(state) - 1
     with pytest.raises(CheckpointError, match=r"optimizer.step"):
-        lading.load_into(blank(Plain), path, rename={"norm.gamma": "norm.weight"})
+        lading.load_into(blank(Plain), path, rename={"norm.gamma": "norm.weight"}, strict="exact")
 
 
 def test_load_into_with_rename_of_two_names_to_one_refuses(tmp_path):
@@ -440,17 +440,17 @@ def test_load_into_of_missing_names_lists_ten_and_the_total(tmp_path):
     assert not message.startswith('"'), "a KeyError's repr"
 
 
-def test_load_into_of_unexpected_names_proposes_the_nearest(tmp_path):
+def test_load_into_exactly_of_unexpected_names_proposes_the_nearest(tmp_path):
     path = save_to(tmp_path / "net.safetensors", {**stored(build(Plain)), "norm.weights": torch.ones(16)})
     with pytest.raises(CheckpointError) as caught:
-        lading.load_into(blank(Plain), path)
+        lading.load_into(blank(Plain), path, strict="exact")
     message = str(caught.value)
     assert (
-        f"{path}: found names that the module has no place for: 'norm.weights' · expected names of Plain, such as"
+        f"{path}: found names that the model has no place for: 'norm.weights' · expected names of Plain, such as"
         in message
     )
     assert "'norm.weight'" in message
-    assert "rename them, or leave them out with strict=False" in message
+    assert 'rename them, or leave them out without strict="exact"' in message
 
 
 # Without strict ------------------------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 import lading
 from lading.cli import main
+from models import save_tokenizer
 
 WORDS = ["<end>", "<unknown>", *[f"w{index}" for index in range(126)]]
 PROMPT = "w1 w2 w3"
@@ -20,9 +19,7 @@ PROMPT = "w1 w2 w3"
 
 def saved(model, folder):
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unknown>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    FastTokenizer(tokenizer_object=words, unk_token="<unknown>", eos_token="<end>").save_pretrained(folder)
+    save_tokenizer(folder, WORDS)
     return folder
 
 

@@ -248,7 +248,12 @@ def load_checkpoint_and_dispatch(  # noqa: PLR0913, PLR0917 - accelerate's signa
     refuse_offloaded(model)
     catalog = _catalog_of(Path(checkpoint))
     with restored_on_failure(model):
-        bind(model, catalog, map_catalog(catalog), BindOptions(dtype=_element(dtype), strict=strict))
+        bind(
+            model,
+            catalog,
+            map_catalog(catalog),
+            BindOptions(dtype=_element(dtype), strict="exact" if strict else False),
+        )
         whole = [*(no_split_module_classes or ()), *(preload_module_classes or ())]
         settings = _settings(offload_folder, skip_keys)
         if isinstance(device_map, Mapping):

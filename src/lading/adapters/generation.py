@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from lading.adapters.tokenizer import open_tokenizer
 from lading.errors import CheckpointError, ResidencyError, refusal
 
 
@@ -35,13 +35,14 @@ class Continuer:
     Args:
         model: a transformers causal language model on the CPU or with its inputs there.
         path_or_repo_id: where its tokenizer is.
+        trust_remote_code: whether a tokenizer that is the folder's own code may run.
         **hub: ``revision``, ``subfolder`` and what else finds files of a repository.
 
     Raises:
         CheckpointError: the model cannot generate from text alone, or there is no tokenizer.
     """
 
-    def __init__(self, model: Any, path_or_repo_id: str, **hub: Any) -> None:
+    def __init__(self, model: Any, path_or_repo_id: str, *, trust_remote_code: bool = False, **hub: Any) -> None:
         config = model.config
         if not hasattr(model, "generate") or not model.can_generate() or config.is_encoder_decoder:
             raise CheckpointError(
@@ -55,7 +56,16 @@ class Continuer:
         self._model = model
         place = Path(path_or_repo_id).expanduser()
         folder = place.parent if place.is_file() else place if place.exists() else path_or_repo_id
-        self._tokenizer = _tokenizer(str(folder), hub)
+        self._tokenizer = open_tokenizer(str(folder), trust_remote_code=trust_remote_code, **hub)
+        if not len(self._tokenizer):  # transformers 5 makes one of nothing
+            raise CheckpointError(
+                refusal(
+                    str(folder),
+                    found="a tokenizer without a vocabulary",
+                    expected="one beside the weights",
+                    way_out="save the model's tokenizer there: tokenizer.save_pretrained",
+                )
+            )
 
     def __call__(self, prompt: str, *, new_tokens: int) -> Continuation:
         """Continue a prompt by at most a number of tokens; fewer where the model ends.
@@ -101,27 +111,6 @@ class Continuer:
         unused = {"temperature": None, "top_p": None, "top_k": None, "max_length": None}
         unused["cache_implementation"] = None  # a static one would be the model's, and several prompts may be under way
         return {"do_sample": False, "num_beams": 1, "pad_token_id": end if pad is None else pad, **unused}
-
-
-def _tokenizer(folder: str, hub: dict[str, Any]) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
-    except (OSError, ValueError) as error:
-        raise _refused(folder, str(error)) from error
-    if not len(tokenizer):  # transformers 5 makes one of nothing
-        raise _refused(folder, "none")
-    return tokenizer
-
-
-def _refused(folder: str, found: str) -> CheckpointError:
-    return CheckpointError(
-        refusal(
-            folder,
-            found=f"no tokenizer that transformers can load ({found})",
-            expected="one beside the weights",
-            way_out="save the model's tokenizer there: tokenizer.save_pretrained",
-        )
-    )
 
 
 _OWN_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # each call makes its own

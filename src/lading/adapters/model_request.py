@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from lading.checkpoint.completeness import Strictness
 from lading.checkpoint.locate import Source
 from lading.compat import has_transformers5
 
@@ -29,7 +30,7 @@ class ModelRequest:
     model_class: type | str | None = None
     """A class, an auto class or the name of either; None means the configuration's own architecture."""
     dtype: torch.dtype | str | dict[str, Any] | None = "auto"
-    strict: bool = True
+    strict: Strictness = True
     trust_remote_code: bool = False
     device_map: Any = None
     """None or one device for everything."""
@@ -55,8 +56,16 @@ class ModelRequest:
 
 
 def load_generation_config(model: Any, request: ModelRequest) -> None:
-    """Read generation_config.json, and custom generation code if it is allowed, as ``from_pretrained`` does."""
+    """Read generation_config.json, and custom generation code if it is trusted, as ``from_pretrained`` does.
+
+    A ``generation_config`` that the caller gave takes its place, and no generation code is looked for then.
+    transformers 4 also runs the code of a local folder that nobody said to trust; here it stays what it was.
+    """
     if not model.can_generate() or (has_transformers5() and not hasattr(model, "adjust_generation_fn")):
+        return
+    given = request.model_kwargs.get("generation_config")
+    if given is not None:
+        model.generation_config = model.generation_config.from_dict(given.to_dict())
         return
     place = request.directory_or_repo_id
     hub = {**request.hub_kwargs, "force_download": False, "proxies": None}
@@ -67,10 +76,10 @@ def load_generation_config(model: Any, request: ModelRequest) -> None:
         model.generation_config = GenerationConfig.from_pretrained(place, **hub)
     except OSError:
         _LOG.info("%s has no generation_config.json: its model configuration speaks for it", place)
-    if not hasattr(model, "load_custom_generate"):  # it can generate in a way of its own, like SpeechT5
+    if not request.trust_remote_code or not hasattr(model, "load_custom_generate"):  # like SpeechT5, which has its own
         return
     try:
-        code = model.load_custom_generate(place, trust_remote_code=request.trust_remote_code, **hub)
+        code = model.load_custom_generate(place, trust_remote_code=True, **hub)
     except OSError:
         return  # the repository brings none, as nearly all
     model.generate = partial(code, model=model)

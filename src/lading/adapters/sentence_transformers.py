@@ -69,10 +69,11 @@ class EmbeddingModel:
     """Whether texts are lower-cased before the tokenizer's own normalisation."""
 
 
-def find_directory(path_or_repo_id: str) -> Path:
+def find_directory(path_or_repo_id: str, *, trust_remote_code: bool = False) -> Path:
     """Give the local directory of a model: the path itself, or the hub cache's after fetching everything but weights.
 
-    Weights of layers behind the pooling lie in numbered folders and are fetched. ``HF_HUB_OFFLINE`` is respected.
+    Weights of layers behind the pooling lie in numbered folders and are fetched; Python files are, if the repository's
+    code may run. ``HF_HUB_OFFLINE`` is respected.
 
     Raises:
         CheckpointNotFoundError: neither a directory nor a repository that can be reached or is cached.
@@ -83,15 +84,16 @@ def find_directory(path_or_repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    patterns = ["*.json", "*.txt", "*.model", "[0-9]*_*/*", *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(path_or_repo_id, allow_patterns=["*.json", "*.txt", "*.model", "[0-9]*_*/*"]))
+        return Path(snapshot_download(path_or_repo_id, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointNotFoundError(
             refusal(
                 path_or_repo_id,
-                found=f"no such directory, and no repository ({error})",
+                found="no directory of that name, and nothing of it in the hub's cache or on the hub",
                 expected="a model's directory or repository",
-                way_out="check the name, or download the model first",
+                way_out="check the name, download the model, or unset HF_HUB_OFFLINE",
             )
         ) from error
 
@@ -136,22 +138,19 @@ def read_embedding_model(directory: Path, name: str) -> EmbeddingModel:
     )
 
 
-def load_tokenizer(directory: Path, *, lowers_case: bool = False) -> Tokenizer:
+def load_tokenizer(directory: Path, *, lowers_case: bool = False, trust_remote_code: bool = False) -> Tokenizer:
     """Load a directory's tokenizer through transformers; ``lowers_case`` puts lower-casing before its normalisation.
 
     Raises:
-        CheckpointError: transformers finds no tokenizer that it can load.
+        CheckpointError: transformers finds no tokenizer that it can load, or it is the directory's own code, which only
+            runs with ``trust_remote_code``.
     """
-    from transformers import AutoTokenizer
+    from lading.adapters.tokenizer import open_tokenizer
 
     if not any(file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern)):
         # transformers 5 would make a tokenizer without a vocabulary, and every word would be unknown
         raise _refused(directory, "no file of a tokenizer", "one beside the weights", "pass a tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        found = f"no tokenizer that transformers can load ({error})"
-        raise _refused(directory, found, "one beside the weights", "pass a tokenizer") from error
+    tokenizer = open_tokenizer(str(directory), trust_remote_code=trust_remote_code)
     if lowers_case:
         _lower_case_first(tokenizer)
     loaded: Tokenizer = tokenizer

@@ -13,10 +13,8 @@ Private names of transformers used here: ``_get_dtype``, ``_get_dtype_plan``, ``
 from __future__ import annotations
 
 import copy
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -28,7 +26,9 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import ContextManagers
 
 from lading.adapters.deepspeed import refuse_zero_init
+from lading.adapters.model_choice import ModelChoice, choose_model, weights_source
 from lading.adapters.model_request import ModelRequest
+from lading.adapters.peft import find_adapter, inject_empty
 from lading.adapters.quantised_sizes import (
     is_bitsandbytes,
     is_castable,
@@ -36,7 +36,7 @@ from lading.adapters.quantised_sizes import (
     refusing_quantizers,
     tensors_of_model,
 )
-from lading.adapters.transformers import ONE_BUILD, find_class, is_quantised, read_config
+from lading.adapters.transformers import ONE_BUILD, default_dtype
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import torch_dtype
 from lading.checkpoint.empty import MetaWithoutInits
@@ -45,10 +45,11 @@ from lading.compat import has_transformers5
 from lading.errors import CheckpointNotFoundError, PlanError, name_list, refusal
 from lading.placement.blocks import declared_whole, state_bytes
 
-_SIZELESS = {"config", "quantization_config", "attn_implementation", "experts_implementation", "generation_config"} | {
-    "key_mapping", "max_memory", "offload_folder", "offload_buffers", "use_safetensors", "weights_only", "disable_mmap"
-}  # fmt: skip
-"""What ``from_pretrained`` takes and no size depends on, or is heeded here."""
+_RESIZING = frozenset(
+    {"device_mesh", "distributed_config", "fusion_config", "kernel_config", "load_in_4bit", "load_in_8bit"}
+    | {"tp_plan", "tp_size", "use_kernels"}
+)
+"""What ``from_pretrained`` takes and makes other tensors with than those that are counted here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +78,13 @@ def skeleton_of(request: ModelRequest) -> Skeleton:
     Any thread; one model is built at a time.
     """
     refuse_zero_init()
-    config = read_config(request)
-    cls = find_class(config, request)
-    kwargs = _init_kwargs(cls, request)
-    find_catalog = cache(partial(_local_catalog, request.source))
-    with ONE_BUILD, refusing_quantizers(request.directory_or_repo_id, is_quantised(config, request)):
-        config, dtype, quantizer, device_map = _settle(cls, copy.deepcopy(config), request, find_catalog)
+    request, adapter = find_adapter(request)
+    choice = choose_model(request)
+    _refuse_resizing(request, choice)
+    cls, kwargs = choice.model_class, choice.init_kwargs
+    find_catalog = cache(partial(_local_catalog, weights_source(request, choice)))
+    with ONE_BUILD, refusing_quantizers(request.directory_or_repo_id, choice.is_quantised):
+        config, dtype, quantizer, device_map = _settle(request, choice, find_catalog)
         if is_bitsandbytes(quantizer) and quantizer.pre_quantized and find_catalog() is None:
             quantizer.pre_quantized = False  # then its weights are what quantising would make of them
         prepare = partial(_replace_layers, quantizer, dtype, device_map)
@@ -96,6 +98,8 @@ def skeleton_of(request: ModelRequest) -> Skeleton:
             if dtypes.get(id(tensor), tensor.dtype) != tensor.dtype:
                 tensor.data = tensor.data.to(dtypes[id(tensor)])
         sizes = {} if quantizer is None else quantised_bytes(model, quantizer, find_catalog)
+        if adapter is not None:
+            inject_empty(model, adapter, dtype)
     return _describe(model.eval(), dtype, {}, sizes)
 
 
@@ -128,20 +132,17 @@ def _describe(
     return Skeleton(module=model, dtype=dtype, no_split_classes=whole, loaded_dtypes=others, loaded_bytes=weighed)
 
 
-def _init_kwargs(cls: Any, request: ModelRequest) -> dict[str, Any]:
-    """Pick the arguments that are the model's own; the others are the loader's, and must not change sizes."""
-    own = inspect.signature(cls.__init__).parameters
-    odd = sorted(request.model_kwargs.keys() - _SIZELESS - own.keys())
+def _refuse_resizing(request: ModelRequest, choice: ModelChoice) -> None:
+    odd = sorted(choice.loader_kwargs.keys() & _RESIZING)
     if odd:
         raise PlanError(
             refusal(
-                request.directory_or_repo_id or cls.__name__,
+                request.directory_or_repo_id or choice.model_class.__name__,
                 found=f"the arguments {name_list(odd)}, which may change what is loaded",
-                expected=f"arguments of {cls.__name__}, quantization_config or attn_implementation",
+                expected=f"arguments of {choice.model_class.__name__}, quantization_config or attn_implementation",
                 way_out="leave them out, or plan the module that they make",
             )
         )
-    return {key: value for key, value in request.model_kwargs.items() if key in own and key != "config"}
 
 
 def _local_catalog(source: Source) -> Catalog | None:
@@ -155,12 +156,11 @@ def _local_catalog(source: Source) -> Catalog | None:
 
 
 def _settle(
-    cls: Any, config: PretrainedConfig, request: ModelRequest, find_catalog: Callable[[], Catalog | None]
+    request: ModelRequest, choice: ModelChoice, find_catalog: Callable[[], Catalog | None]
 ) -> tuple[PretrainedConfig, torch.dtype, Any, Any]:
     """Let transformers decide: the configuration with its dtype, the dtype, the quantizer and its device map."""
-    for name in {"attn_implementation", "experts_implementation"} & request.model_kwargs.keys():
-        setattr(config, f"_{name}", request.model_kwargs[name])
-    wanted = copy.deepcopy(request.model_kwargs.get("quantization_config"))
+    cls, config = choice.model_class, copy.deepcopy(choice.config)
+    wanted = copy.deepcopy(choice.loader_kwargs.get("quantization_config"))
     stored = _stored(find_catalog()) if getattr(config, "dtype", None) is None else {}
     if has_transformers5():
         quantizer, config, device_map = get_hf_quantizer(config, wanted, request.device_map, True, {})
@@ -169,7 +169,7 @@ def _settle(
     quantizer, config, asked, device_map = get_hf_quantizer(
         config, wanted, request.dtype, False, False, request.device_map, True, {}
     )
-    with _default_dtype(None):
+    with default_dtype(None):
         config, dtype, _ = modeling_utils._get_dtype(cls, asked, None, config, None, stored, True)
     return config, dtype or torch.get_default_dtype(), quantizer, device_map
 
@@ -181,23 +181,12 @@ def _stored(catalog: Catalog | None) -> dict[str, torch.Tensor]:
     return {spec.name: torch.empty(0, dtype=torch_dtype(spec.element), device="meta") for spec in catalog}
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Restore torch's default dtype afterwards: transformers 4 builds under it, and leaves it set."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _contexts(cls: Any, dtype: torch.dtype, quantizer: Any) -> list[Any]:
     """Make what transformers builds in: no initialisation, parameters on meta, the dtype."""
     if has_transformers5():
         contexts: list[Any] = cls.get_init_context(dtype, quantizer is not None, False, None)
         return contexts
-    return [_default_dtype(dtype), *cls.get_init_context(quantizer is not None, False)]
+    return [default_dtype(dtype), *cls.get_init_context(quantizer is not None, False)]
 
 
 def _build(

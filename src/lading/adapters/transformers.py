@@ -16,23 +16,24 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import transformers
-from transformers import AutoConfig, PretrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lading.adapters.model_choice import ModelChoice
 from lading.adapters.model_request import ModelRequest, load_generation_config
 from lading.checkpoint.catalog import Catalog
+from lading.checkpoint.completeness import Names, hold
 from lading.checkpoint.dtypes import is_plain_float, require_compatible, torch_dtype
 from lading.checkpoint.empty import empty
 from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.report import LoadReport
 from lading.checkpoint.slots import settle_bytes, shape_refusal
 from lading.compat import has_transformers5
-from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
+from lading.errors import CheckpointError, ShapeMismatchError, name_list
+from lading.names import folded
 
 if TYPE_CHECKING:
     from lading.adapters.transformers_flags import thread_safe_outputs  # noqa: F401 - public here
@@ -50,80 +51,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def read_config(request: ModelRequest) -> PretrainedConfig:
-    """Read a model's configuration.
-
-    Raises:
-        CheckpointError: there is none, it is not JSON, or it needs remote code that was not allowed.
-    """
-    given = request.model_kwargs.get("config")
-    if isinstance(given, PretrainedConfig):
-        return given
-    try:
-        return AutoConfig.from_pretrained(
-            request.directory_or_repo_id, trust_remote_code=request.trust_remote_code, **request.hub_kwargs
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON, but no object
-        raise CheckpointError(
-            refusal(
-                f"{request.directory_or_repo_id}, config.json",
-                found=str(error).strip(),
-                expected="a transformers configuration",
-                way_out="use lading.empty() and lading.load_into() for other modules",
-            )
-        ) from error
-
-
-def find_class(config: PretrainedConfig, request: ModelRequest) -> type[Any]:
-    """Find the class to build: the one asked for, else the architecture that the configuration names.
-
-    Raises:
-        CheckpointError: transformers has no such class, or it is remote code that was not allowed.
-    """
-    asked = request.model_class
-    if asked is None:
-        asked = next(iter(getattr(config, "architectures", None) or ["AutoModel"]))
-    name = asked if isinstance(asked, str) else asked.__name__
-    remote: str | None = _remote_reference(config, name)
-    if remote is not None and request.trust_remote_code:
-        found: type[Any] = get_class_from_dynamic_module(remote, request.directory_or_repo_id, **request.hub_kwargs)
-        return found
-    cls = getattr(transformers, name, None) if isinstance(asked, str) else asked
-    if hasattr(cls, "_model_mapping"):
-        cls = _from_auto_class(cls, config)
-    if isinstance(cls, type) and hasattr(cls, "from_pretrained"):
-        return cls
-    where, way_out = f"which transformers {transformers.__version__} does not have", "pass model_class="
-    if remote is not None:
-        where, way_out = "whose code stands in the repository", "pass trust_remote_code=True if you trust it"
-    raise CheckpointError(
-        refusal(
-            request.directory_or_repo_id,
-            found=f"architecture {name!r} for a {type(config).__name__}, {where}",
-            expected="a model class of transformers",
-            way_out=way_out,
-        )
-    )
-
-
-def _remote_reference(config: PretrainedConfig, name: str) -> str | None:
-    references = [ref for ref in (getattr(config, "auto_map", None) or {}).items() if isinstance(ref[1], str)]
-    return next((ref for auto, ref in references if name in (auto, ref.rpartition(".")[2])), None)
-
-
-def _from_auto_class(auto_class: Any, config: PretrainedConfig) -> type[Any] | None:
-    if type(config) not in auto_class._model_mapping:
-        return None
-    found = auto_class._model_mapping[type(config)]
-    classes = list(found) if isinstance(found, (list, tuple)) else [found]
-    architectures = getattr(config, "architectures", None) or []
-    named: type[Any] | None = next((cls for cls in classes if cls.__name__ in architectures), classes[0])
-    return named
-
-
 def load_model(
     request: ModelRequest,
-    config: PretrainedConfig,
+    choice: ModelChoice,
     catalog: Catalog,
     mappings: Mapping[Path, ShardMapping],
     tensors: Mapping[str, torch.Tensor],
@@ -132,26 +62,36 @@ def load_model(
 
     Args:
         request: what is wanted.
-        config: from `read_config`.
+        choice: from `choose_model`.
         catalog: the checkpoint.
         mappings: its shards, to count what was mapped.
         tensors: its tensors by their names in the checkpoint, on the CPU.
 
     Raises:
-        MissingTensorError: strict, and the model has names that the checkpoint has not.
-        ShapeMismatchError: shapes differ, also with ``strict=False``.
-        CheckpointError: strict, and names are left over; or element types that cannot stand for each other.
+        MissingTensorError: the model has names that the checkpoint has not, unless ``strict`` is False.
+        ShapeMismatchError: shapes differ, also with ``strict=False``, unless ``ignore_mismatched_sizes`` was given.
+        CheckpointError: names are left over and ``strict`` is ``"exact"``; or element types that cannot stand for each
+            other.
     """
-    cls = find_class(config, request)
-    with ONE_BUILD:
-        model, info, loader = _build(cls, request, config, catalog, tensors)
+    with ONE_BUILD, _quiet_about_names():
+        model, info, loader = _build(request, choice, catalog, tensors)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    _refuse_mismatched(info["mismatched_keys"], model, catalog)
+    mismatched = _mismatched(info["mismatched_keys"], model, catalog)
+    if mismatched and not choice.loader_kwargs.get("ignore_mismatched_sizes"):
+        _refuse_mismatched(mismatched, catalog)
     if info.get("error_msgs"):
         raise CheckpointError(f"{catalog.describe()}: {'; '.join(map(str, info['error_msgs']))}")
-    _settle(missing, unexpected, model, catalog, request.strict)
-    if loader == "transformers" and getattr(model, "hf_quantizer", None) is None:
+    hold(_names(missing, unexpected, model, catalog), request.strict)
+    if mismatched:
+        _LOG.warning(
+            "%s: tensors of another shape are initialised as %s does: %s",
+            catalog.describe(),
+            type(model).__name__,
+            name_list(folded(name for name, _, _ in mismatched)),
+        )
+    if loader == "transformers" and not choice.is_quantised:
         _refuse_cast_kinds(model, catalog)
+    _compute_own_buffers(model, choice)
     mapped, copied = settle_bytes(model, mappings, catalog.describe())
     return model, LoadReport(
         num_tensors=len(catalog) - len(unexpected),
@@ -159,62 +99,59 @@ def load_model(
         copied_bytes=copied,
         missing=tuple(missing),
         unexpected=tuple(unexpected),
+        mismatched=tuple(name for name, _, _ in mismatched),
         loader=loader,
     )
 
 
 def _build(
-    cls: Any,
-    request: ModelRequest,
-    config: PretrainedConfig,
-    catalog: Catalog,
-    tensors: Mapping[str, torch.Tensor],
+    request: ModelRequest, choice: ModelChoice, catalog: Catalog, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[Any, dict[str, Any], str]:
     """Build and fill the model by the shorter path where it fits; also give the loading info and who loaded."""
     if has_transformers5():
         from lading.adapters import transformers5
 
-        loaded = transformers5.load_directly(cls, request, config, tensors)
+        loaded = transformers5.load_directly(request, choice, tensors)
         if loaded is not None:
             return *loaded, "lading"
     kinds = {spec.element.kind for spec in catalog}
-    if "small float" in kinds and not is_quantised(config, request):
-        _refuse_cast_kinds(_skeleton(cls, config), catalog)  # afterwards transformers 4 has such parameters itself
+    if "small float" in kinds and not choice.is_quantised:
+        _refuse_cast_kinds(_skeleton(choice), catalog)  # afterwards transformers 4 has such parameters itself
     try:
-        return *_load_through_transformers(cls, request, config, tensors), "transformers"
+        return *_load_through_transformers(request, choice, tensors), "transformers"
     except RuntimeError as error:  # transformers 4, over a tensor of integers, without naming it
-        if kinds == {"float"} or is_quantised(config, request):
+        if kinds == {"float"} or choice.is_quantised:
             raise
-        _refuse_cast_kinds(_skeleton(cls, config), catalog)
+        _refuse_cast_kinds(_skeleton(choice), catalog)
+        raise CheckpointError(f"{catalog.describe()}: {error}") from error
+    except ValueError as error:  # transformers 4, where the checkpoint has only what stands beside the base model
+        skeleton = _skeleton(choice)
+        hold(_names(sorted(set(skeleton.state_dict()) - set(tensors)), [], skeleton, catalog), strict=True)
         raise CheckpointError(f"{catalog.describe()}: {error}") from error
 
 
-def is_quantised(config: PretrainedConfig, request: ModelRequest) -> bool:
-    """Say whether a quantizer takes part, asked for or named by the configuration."""
-    given = request.model_kwargs.get("quantization_config")
-    return given is not None or getattr(config, "quantization_config", None) is not None
-
-
-def _skeleton(cls: Any, config: PretrainedConfig) -> Any:
+def _skeleton(choice: ModelChoice) -> Any:
     """Build a model without weights, to ask it for the element types that it declares."""
     with empty():
-        return cls(copy.deepcopy(config))
+        return choice.model_class(copy.deepcopy(choice.config), **choice.init_kwargs)
 
 
 def _load_through_transformers(
-    cls: Any, request: ModelRequest, config: PretrainedConfig, tensors: Mapping[str, torch.Tensor]
+    request: ModelRequest, choice: ModelChoice, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[Any, dict[str, Any]]:
-    kwargs = {key: value for key, value in request.model_kwargs.items() if key != "config"}
+    kwargs = {**choice.loader_kwargs, **choice.init_kwargs}
+    for name in ("adapter_kwargs", "adapter_name", "generation_config"):  # heeded afterwards
+        kwargs.pop(name, None)
     with _quiet_unless_terminal():
-        model, info = cls.from_pretrained(
+        model, info = choice.model_class.from_pretrained(
             None,
-            config=config,
+            config=choice.config,
             state_dict=dict(tensors),
             dtype=request.dtype,
             device_map=request.device_map,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused by name afterwards
-            **kwargs,
+            trust_remote_code=request.trust_remote_code,
+            **{**kwargs, "ignore_mismatched_sizes": True},  # they are refused by name afterwards
         )
     model.config.name_or_path = request.directory_or_repo_id
     written = model.name_or_path  # what transformers makes of None, in the model and where its configuration went
@@ -223,6 +160,36 @@ def _load_through_transformers(
             part.name_or_path = request.directory_or_repo_id
     load_generation_config(model, request)
     return model, info
+
+
+def _compute_own_buffers(model: Any, choice: ModelChoice) -> None:
+    """Give non-persistent buffers of classes that are not transformers' own the values that their code computes.
+
+    No checkpoint has them. transformers 5 builds models on meta and computes such buffers anew in its own classes only:
+    in others they are whatever was in memory. Here the class is built once more, without memory for its weights.
+    """
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if not has_transformers5() or all(type(part).__module__.startswith("transformers.") for part in parts):
+        return
+    dtype = getattr(model.config, "dtype", None)
+    with ONE_BUILD, empty(), default_dtype(dtype if isinstance(dtype, torch.dtype) else None):
+        built = dict(choice.model_class(copy.deepcopy(choice.config), **choice.init_kwargs).named_modules())
+    for path, part in model.named_modules():
+        for name in part._non_persistent_buffers_set & part._buffers.keys():
+            value = built[path]._buffers.get(name) if path in built else None
+            if value is not None and part._buffers[name] is not None:
+                part._buffers[name] = value.to(part._buffers[name].device)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Build under another default dtype, or under the same; restored afterwards, whatever is set meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -238,19 +205,51 @@ def _quiet_unless_terminal() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _refuse_mismatched(mismatched: Iterable[Any], model: Any, catalog: Catalog) -> None:
-    """Refuse wrong shapes; transformers 5 gives them with the names, transformers 4 the model's names only."""
+@contextmanager
+def _quiet_about_names() -> Iterator[None]:
+    """Keep back what transformers logs about missing and left-over names in this thread: `hold` says it in one line.
+
+    Where loading fails it is logged after all: errors of transformers refer to it.
+    """
+    logger, thread = logging.getLogger("transformers.modeling_utils"), threading.get_ident()
+    kept: list[str] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        is_report = text.startswith("Some weights of") or " LOAD REPORT" in text.partition("\n")[0]
+        if record.thread == thread and is_report:
+            kept.append(text)
+            return False
+        return True
+
+    logger.addFilter(passes)
+    try:
+        yield
+    except BaseException:
+        for text in kept:
+            _LOG.warning("%s", text)
+        raise
+    finally:
+        logger.removeFilter(passes)
+
+
+_Mismatch = tuple[str, list[int], list[int]]
+
+
+def _mismatched(entries: Iterable[Any], model: Any, catalog: Catalog) -> list[_Mismatch]:
+    """Give name, found and expected shape; transformers 5 has them, transformers 4 the model's names only."""
     rows = []
-    for entry in mismatched:
+    for entry in entries:
         if isinstance(entry, str):
             sources = [spec for spec in catalog if _target_name(model, spec.name, {}) == entry]
             found = list(sources[0].shape) if sources else []
             rows.append((entry, found, list(model.state_dict()[entry].shape)))
         else:
             rows.append((entry[0], list(entry[1]), list(entry[2])))
-    if not rows:
-        return
-    rows.sort()
+    return sorted(rows)
+
+
+def _refuse_mismatched(rows: list[_Mismatch], catalog: Catalog) -> NoReturn:
     listed = [
         shape_refusal(f"{_file_of(name, catalog)}, tensor {name!r}", found, expected)
         for name, found, expected in rows[:10]
@@ -262,28 +261,25 @@ def _file_of(name: str, catalog: Catalog) -> str:
     return str(catalog.owners[name].path) if name in catalog else catalog.describe()
 
 
-def _settle(missing: list[str], unexpected: list[str], model: Any, catalog: Catalog, strict: bool) -> None:
-    """Refuse what is missing or left over; without ``strict``, tell."""
-    if unexpected:
-        message = refusal(
-            _file_of(unexpected[0], catalog),
-            found=f"names that the model has no place for: {name_list(unexpected)}",
-            expected=f"names of {type(model).__name__}",
-            way_out="pass the model_class that wrote them, or leave them out with strict=False",
+def _names(missing: list[str], unexpected: list[str], model: Any, catalog: Catalog) -> Names:
+    """Say what did not meet, and the way out: of a head that the checkpoint never had it is another than of a layer."""
+    prefix = f"{model.base_model_prefix}."
+    has_head = model.base_model is not model
+    way_out = "pass the model_class that wrote it, or initialise what is missing with strict=False"
+    if missing and has_head and not any(name.startswith(prefix) for name in missing):
+        way_out = (
+            "this is a new head, which would be random: pass the model_class that wrote the checkpoint, or "
+            "strict=False to initialise it and train it"
         )
-        if strict:
-            raise CheckpointError(message)
-        _LOG.warning(message)
-    if missing:
-        message = refusal(
-            catalog.describe(),
-            found=f"no tensor for {name_list(missing)}",
-            expected=f"every parameter and persistent buffer of {type(model).__name__}",
-            way_out="pass the model_class that wrote it, or initialise what is missing with strict=False",
-        )
-        if strict:
-            raise MissingTensorError(message)
-        _LOG.warning(message)
+    return Names(
+        missing=missing,
+        unexpected=unexpected,
+        owner=type(model).__name__,
+        checkpoint=catalog.describe(),
+        file_of=lambda name: _file_of(name, catalog),
+        missing_way_out=way_out,
+        unexpected_way_out='pass the model_class that wrote them, or leave them out without strict="exact"',
+    )
 
 
 def _refuse_cast_kinds(model: Any, catalog: Catalog) -> None:

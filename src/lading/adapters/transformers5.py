@@ -22,31 +22,36 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping, modeling_utils
+from transformers import PreTrainedModel, conversion_mapping, modeling_utils
 from transformers.core_model_loading import WeightConverter, WeightTransform, rename_source_key
 from transformers.utils import ContextManagers
 
+from lading.adapters.model_choice import ModelChoice
 from lading.adapters.model_request import ModelRequest, load_generation_config
 from lading.checkpoint.empty import MetaWithoutInits
 from lading.checkpoint.slots import Slot
 
 _LOG = logging.getLogger(__name__)
-_KNOWN_KWARGS = {"config", "attn_implementation"}
+_KNOWN_KWARGS = {
+    "adapter_kwargs",
+    "adapter_name",
+    "attn_implementation",
+    "generation_config",
+    "ignore_mismatched_sizes",
+}
 
 
 def load_directly(
-    cls: Any, request: ModelRequest, config: PretrainedConfig, tensors: Mapping[str, torch.Tensor]
+    request: ModelRequest, choice: ModelChoice, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Build ``cls`` and bind ``tensors`` to it, or give None where the public path is needed.
+    """Build the chosen class and bind ``tensors`` to it, or give None where the public path is needed.
 
     Returns:
         The model and a loading info like ``from_pretrained``'s.
     """
-    if not _is_plain(cls, request, config):
+    if not _is_plain(request, choice):
         return None
-    config = copy.deepcopy(config)  # the model's own from here on
-    if "attn_implementation" in request.model_kwargs:
-        config._attn_implementation = request.model_kwargs["attn_implementation"]
+    cls, config = choice.model_class, copy.deepcopy(choice.config)  # the model's own from here on
     config, dtype = modeling_utils._get_dtype(request.dtype or "auto", None, config, None, dict(tensors), True, None)
     config.name_or_path = request.directory_or_repo_id
     contexts = cls.get_init_context(dtype, False, False, None)
@@ -79,16 +84,17 @@ def load_directly(
     return model, info.to_dict()
 
 
-def _is_plain(cls: Any, request: ModelRequest, config: PretrainedConfig) -> bool:
+def _is_plain(request: ModelRequest, choice: ModelChoice) -> bool:
     return (
-        not set(request.model_kwargs) - _KNOWN_KWARGS
+        not set(choice.loader_kwargs) - _KNOWN_KWARGS
+        and not choice.init_kwargs
         and request.device_map is None
         and not isinstance(request.dtype, dict)
-        and getattr(config, "quantization_config", None) is None
-        and getattr(config, "fusion_config", None) is None
+        and not choice.is_quantised
+        and getattr(choice.config, "fusion_config", None) is None
         and not modeling_utils.is_deepspeed_zero3_enabled()
         and not modeling_utils.is_fsdp_enabled()
-        and not cls.is_remote_code()
+        and not choice.model_class.is_remote_code()
     )
 
 

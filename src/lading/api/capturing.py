@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from lading.api.arguments import why_not_here
 from lading.errors import CaptureError, refusal
 from lading.recording.capture import Capture
 from lading.recording.groups import Group
@@ -100,15 +101,8 @@ def _destination(to: str | torch.device | Sink | None) -> torch.device | Sink | 
                 refusal("to='gpu'", found="no accelerator", expected="one", way_out="leave it out: kept where it is")
             )
         return torch.accelerator.current_accelerator()
-    try:
-        torch.empty(0, device=to)
-    except (RuntimeError, AssertionError, TypeError) as error:  # an assertion where torch was built without it
-        raise CaptureError(
-            refusal(
-                f"to={to!r}",
-                found=str(error).split(". ")[0].splitlines()[0],
-                expected="a device that is here, or a function of name and tensor",
-                way_out='such as "cpu"',
-            )
-        ) from error
+    reason = why_not_here(to)
+    if reason is not None:
+        expected = "a device that is here, or a function of name and tensor"
+        raise CaptureError(refusal(f"to={to!r}", found=reason, expected=expected, way_out='such as "cpu"'))
     return torch.device(to)

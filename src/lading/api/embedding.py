@@ -48,6 +48,7 @@ class Embedder(embedder.Embedder):
         runner: embedder.Runner | None = None,
         *,
         max_memory: Mapping[Any, Any] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Load what is not given.
 
@@ -59,6 +60,7 @@ class Embedder(embedder.Embedder):
             runner: None: batches cross the model together where it streams, else one after the other.
             max_memory: for a model given by its path: what its weights may take of each device, as for `lading.plan`;
                 what does not fit streams. A loaded module is placed by whoever loaded it.
+            trust_remote_code: allow code beside the model to run: its own classes of model and tokenizer.
 
         Raises:
             CheckpointError: the model cannot be loaded, or its files ask for something that lading does not do.
@@ -70,27 +72,30 @@ class Embedder(embedder.Embedder):
             if max_memory is not None:
                 found, expected = "max_memory and a loaded module", "a path"
                 raise EmbedError(refusal("Embedder", found=found, expected=expected, way_out="call lading.offload"))
-            tokenizer, settings = _complete(model, tokenizer, settings)
+            tokenizer, settings = _complete(model, tokenizer, settings, trust_remote_code)
             runner = runner or convoy_runner(model, embedder.forward_of(model))
             super().__init__(model, tokenizer, settings, batching, runner)
             return
         name = os.fspath(model)
-        directory = find_directory(name)
+        directory = find_directory(name, trust_remote_code=trust_remote_code)
         files = read_embedding_model(directory, str(directory.resolve()) if Path(name).expanduser().exists() else name)
         if tokenizer is None:
-            tokenizer = load_tokenizer(files.directory, lowers_case=files.lowers_case)
-        module = _load_encoder(name, files.subfolder, files.model_class, max_memory)
+            tokenizer = load_tokenizer(
+                files.directory, lowers_case=files.lowers_case, trust_remote_code=trust_remote_code
+            )
+        module = _load_encoder(name, files.subfolder, files.model_class, max_memory, trust_remote_code)
         runner = runner or convoy_runner(module, embedder.forward_of(module))
         super().__init__(module, tokenizer, settings or files.settings, batching, runner)
 
 
-def site_embedder(
+def site_embedder(  # noqa: PLR0913 - one about what is kept, the others about loading
     path_or_repo_id: PathOrRepoId,
     sites: str | Iterable[str],
     pooling: str = "lasttoken",
     *,
     batching: Batching | None = None,
     max_memory: Mapping[Any, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> embedder.Embedder:
     """Make an embedder whose vectors are what modules give: those of several sites one behind the other.
 
@@ -100,6 +105,7 @@ def site_embedder(
         pooling: one of the pooling modes of `lading.embed.pooling`.
         batching: None: the defaults.
         max_memory: what weights may take, as for `lading.plan`; None: no limit.
+        trust_remote_code: allow code beside the model to run.
 
     Raises:
         CaptureError: a site that stands for nothing, or is called several times.
@@ -108,7 +114,7 @@ def site_embedder(
     """
     asked = [sites] if isinstance(sites, str) else list(sites)
     place = None if max_memory is None else "auto"
-    model = load(path_or_repo_id, device_map=place, max_memory=max_memory)
+    model = load(path_or_repo_id, device_map=place, max_memory=max_memory, trust_remote_code=trust_remote_code)
     alone = [capture(model, each) for each in asked]  # refuses what is not there before texts are read
     parts = [(each, name) for each in alone for name in (each.groups or each.names)]
     name = os.fspath(path_or_repo_id)
@@ -133,7 +139,8 @@ def site_embedder(
                 )
         return torch.cat(tensors, dim=-1)
 
-    tokenizer = load_tokenizer(find_directory(name))
+    directory = find_directory(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     return embedder.Embedder(model, tokenizer, settings, batching, convoy_runner(model, run))
 
 
@@ -147,7 +154,9 @@ def convoy_runner(model: nn.Module, function: Callable[[Batch], Any]) -> embedde
     return run
 
 
-def _load_encoder(name: str, subfolder: str, model_class: str, max_memory: Mapping[Any, Any] | None) -> nn.Module:
+def _load_encoder(
+    name: str, subfolder: str, model_class: str, max_memory: Mapping[Any, Any] | None, trust_remote_code: bool
+) -> nn.Module:
     """Load a model without its head; what only the head needs may be too much, and the pooler may be missing."""
     module, report = load(
         name,
@@ -157,6 +166,7 @@ def _load_encoder(name: str, subfolder: str, model_class: str, max_memory: Mappi
         output_loading_info=True,
         device_map=None if max_memory is None else "auto",
         max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
     )
     missing = [tensor for tensor in report.missing if "pooler" not in tensor.split(".")]
     if missing:
@@ -173,7 +183,7 @@ def _load_encoder(name: str, subfolder: str, model_class: str, max_memory: Mappi
 
 
 def _complete(
-    model: nn.Module, tokenizer: Tokenizer | None, settings: EmbedSettings | None
+    model: nn.Module, tokenizer: Tokenizer | None, settings: EmbedSettings | None, trust_remote_code: bool
 ) -> tuple[Tokenizer, EmbedSettings]:
     """Take what was not given from the directory that a module was loaded from, where it still exists."""
     name = getattr(model, "name_or_path", None)
@@ -190,7 +200,7 @@ def _complete(
                     way_out="call Embedder(model, tokenizer)",
                 )
             )
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if settings is None:
         settings = replace(EmbedSettings(), model=str(directory.resolve()) if directory else "")
     return tokenizer, settings

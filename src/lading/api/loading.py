@@ -6,23 +6,36 @@ Composes `checkpoint` and `adapters`; knows neither's inside.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from lading.adapters.deepspeed import refuse_zero_init
+from lading.adapters.model_choice import ModelChoice, choose_model, weights_source
 from lading.adapters.model_request import ModelRequest
-from lading.adapters.transformers import load_model, read_config
-from lading.api.arguments import PathOrRepoId, named_dtype, one_device, one_dtype, source_of
-from lading.api.offloading import place
+from lading.adapters.peft import attach_adapter, find_adapter
+from lading.adapters.transformers import load_model
+from lading.api.arguments import (
+    PathOrRepoId,
+    named_dtype,
+    one_device,
+    one_dtype,
+    plain_torch,
+    source_of,
+    strictness,
+)
+from lading.api.offloading import place, refuse_two_places
 from lading.checkpoint.bind import BindOptions, bind
 from lading.checkpoint.catalog import Catalog
+from lading.checkpoint.completeness import Strictness
 from lading.checkpoint.guard import FileGuard
-from lading.checkpoint.locate import open_catalog
+from lading.checkpoint.locate import find_entry, open_catalog
 from lading.checkpoint.mapping import map_catalog, tensors_of
 from lading.checkpoint.readahead import start_readahead
 from lading.checkpoint.report import LoadReport
+from lading.errors import CheckpointNotFoundError
 from lading.names import Rename
 from lading.placement.plan import Plan
 
@@ -38,7 +51,7 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     *,
     model_class: type | str | None = None,
     dtype: torch.dtype | str | dict[str, Any] | None = "auto",
-    strict: bool = True,
+    strict: Strictness = True,
     copy: bool = False,
     readahead: bool = False,
     guard: bool = False,
@@ -69,8 +82,10 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         path_or_repo_id: a directory, a checkpoint file beside its ``config.json``, or a repo id of the hub.
         model_class: a transformers class or auto class, or its name; None means the architecture in the configuration.
         dtype: ``"auto"`` keeps the configuration's dtype, else the checkpoint's; a ``torch.dtype`` or its name casts.
-        strict: refuse missing and unexpected names; False initialises what is missing as the model does, leaves out
-            what is unexpected and logs both. Wrong shapes and element types are refused either way.
+        strict: True: every parameter and persistent buffer comes from the checkpoint, or loading raises; what the
+            checkpoint has beyond them (heads, prediction layers) is left out, logged in one line and in the report.
+            ``"exact"`` refuses that too. False initialises what is missing as the model does, and logs it. Wrong shapes
+            and element types are refused in any case.
         copy: read the weights into memory now, immune to later changes of the file. Otherwise replace a checkpoint by
             rename, as all savers here do: a file shortened in place kills the process that reads it.
         readahead: read the file in layer order in the background, beginning before the model is built.
@@ -92,18 +107,22 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         trust_remote_code: allow code from the repository to run.
         torch_dtype: the older name of ``dtype``.
         low_cpu_mem_usage: accepted for older code; memory use is always low.
-        **model_kwargs: what else ``from_pretrained`` takes, such as ``config`` or ``attn_implementation``.
+        **model_kwargs: what else ``from_pretrained`` takes: ``config``, ``attn_implementation``, ``use_safetensors``,
+            ``ignore_mismatched_sizes``, ``generation_config``, attributes of the configuration such as ``num_labels``.
 
     Returns:
         The model in evaluation mode, no tensor of it on meta; with ``output_loading_info`` a pair of it and a report.
 
     Raises:
         CheckpointNotFoundError: nothing there, or not in the local cache while offline.
-        MissingTensorError: names that no shard has (strict).
+        MissingTensorError: names that no shard has, unless ``strict`` is False; a new head is such a name too.
         ShapeMismatchError: shapes differ.
         CorruptShardError: a shard breaks its format; with ``guard``, raised by the forward after a change in place.
         CheckpointError: anything else that does not fit, each time with file, tensor, found and expected.
-        PlanError: no placement keeps within ``max_memory``, or a ``device_map`` that leaves a block out.
+        MissingExtraError: an adapter stands in the folder, and PEFT is not installed to attach it.
+        PlanError: no placement keeps within ``max_memory``, a ``device_map`` that leaves a block out, or a device that
+            is not here.
+        TypeError: an argument that means nothing here.
 
     Any thread may load: models are built one at a time, because transformers patches torch meanwhile. (A module that
     another thread builds without lading at that moment may be caught by these patches, as with ``from_pretrained``.)
@@ -117,6 +136,8 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         0
     """
     refuse_zero_init()
+    refuse_two_places(device_map, max_memory, plan)
+    copy = copy or bool(model_kwargs.get("disable_mmap"))
     source = source_of(
         path_or_repo_id,
         revision=revision,
@@ -130,18 +151,23 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         source=source,
         model_class=model_class,
         dtype=one_dtype(dtype, torch_dtype),
-        strict=strict,
+        strict=strictness(strict),
         trust_remote_code=trust_remote_code,
         device_map=one_device(device_map),
         model_kwargs=model_kwargs,
     )
-    catalog = open_catalog(source)
+    base, adapter = find_adapter(request)
+    choice = _chosen(base)
+    catalog = open_catalog(weights_source(base, choice))
     mappings = {} if copy else map_catalog(catalog)
     if readahead and not copy:
         start_readahead(catalog, mappings)
-    config = read_config(request)
-    tensors = tensors_of(catalog, mappings, copy=copy)
-    model, report = load_model(request, config, catalog, mappings, tensors)
+    with plain_torch(torch.float32):
+        tensors = tensors_of(catalog, mappings, copy=copy)
+        model, report = load_model(base, choice, catalog, mappings, tensors)
+        if adapter is not None:
+            attach_adapter(model, adapter)
+            report = replace(report, adapter=adapter.place)
     if guard and not copy:
         _guard(model, catalog)
     if plan is not None or request.device_map is None:
@@ -155,7 +181,7 @@ def load_into(  # noqa: PLR0913 - as for load
     *,
     rename: Rename | None = None,
     dtype: torch.dtype | str | None = "auto",
-    strict: bool = True,
+    strict: Strictness = True,
     copy: bool = False,
     readahead: bool = False,
     guard: bool = False,
@@ -173,8 +199,7 @@ def load_into(  # noqa: PLR0913 - as for load
             that returns the new name, or None to leave a tensor out.
         dtype: ``"auto"`` binds floats in the checkpoint's dtype; None casts them to what the module declares; a
             ``torch.dtype`` casts them to it. Other element types must match exactly.
-        strict: refuse missing and unexpected names; False draws what is missing as the module's own code would have,
-            leaves out what is unexpected and logs both.
+        strict: see `lading.load`; False draws what is missing as the module's own code would have.
         copy: see `lading.load`.
         readahead: see `lading.load`.
         guard: see `lading.load`.
@@ -204,11 +229,21 @@ def load_into(  # noqa: PLR0913 - as for load
     mappings = {} if copy else map_catalog(catalog)
     if readahead and not copy:
         start_readahead(catalog, mappings)
-    options = BindOptions(rename=rename, dtype=named_dtype(dtype), strict=strict, copy=copy)
-    report = bind(module, catalog, mappings, options)
+    options = BindOptions(rename=rename, dtype=named_dtype(dtype), strict=strictness(strict), copy=copy)
+    with plain_torch():
+        report = bind(module, catalog, mappings, options)
     if guard and not copy:
         _guard(module, catalog)
     return report
+
+
+def _chosen(request: ModelRequest) -> ModelChoice:
+    """Choose class and configuration; where weights are lacking too, what is said of them says more."""
+    try:
+        return choose_model(request)
+    except CheckpointNotFoundError:
+        find_entry(request.source)
+        raise
 
 
 def _guard(module: nn.Module, catalog: Catalog) -> None:

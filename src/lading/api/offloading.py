@@ -79,6 +79,20 @@ def offload(  # noqa: PLR0913 - the names that users of device maps know
         return Residency(model, plan, settings)
 
 
+def refuse_two_places(device_map: Any, max_memory: Mapping[Any, Any] | None, plan: Plan | None) -> None:
+    """Refuse arguments of `lading.load` of which one would have to be ignored.
+
+    Raises:
+        PlanError: both a plan and a device map, or ``max_memory`` without ``device_map="auto"`` or its like.
+    """
+    if plan is not None and (device_map is not None or max_memory is not None):
+        found, expected = "plan and device_map or max_memory", "one way to say where blocks rest"
+        raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="pass the plan alone"))
+    if max_memory is not None and not (isinstance(device_map, str) and device_map in BY_PLAN):
+        found, expected = f"max_memory and device_map={device_map!r}", 'device_map="auto"'
+        raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="add it"))
+
+
 def place(
     model: nn.Module,
     device_map: Any,
@@ -89,16 +103,10 @@ def place(
     """Carry out what a caller of `lading.load` said about devices; nothing, where the CPU holds everything.
 
     Raises:
-        PlanError: both a plan and a device map, or neither beside ``max_memory``; or one that cannot be carried out.
+        PlanError: it cannot be carried out.
     """
-    if plan is not None and (device_map is not None or max_memory is not None):
-        found, expected = "plan and device_map or max_memory", "one way to say where blocks rest"
-        raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="pass the plan alone"))
     if isinstance(device_map, str) and device_map in BY_PLAN:
         plan = make_plan(model, max_memory, strategy=BY_PLAN[device_map])
-    elif max_memory is not None:
-        found, expected = f"max_memory and device_map={device_map!r}", 'device_map="auto"'
-        raise PlanError(refusal("lading.load", found=found, expected=expected, way_out="add it"))
     given = plan if plan is not None else device_map if isinstance(device_map, Mapping) else {"": device_map or "cpu"}
     if isinstance(given, Mapping) and {str(device) for device in given.values()} == {"cpu"}:
         if "" not in given:  # whether it leaves a block out

@@ -10,7 +10,6 @@ Thread rule: one thread, and nobody else may use the module meanwhile.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lading.checkpoint.catalog import Catalog
+from lading.checkpoint.completeness import Names, Strictness, hold
 from lading.checkpoint.dtypes import is_plain_float, require_compatible
 from lading.checkpoint.empty import initialise, is_recipe
 from lading.checkpoint.mapping import ShardMapping, tensors_of
@@ -29,8 +29,6 @@ from lading.checkpoint.slots import Slot, remember, settle_bytes, shape_refusal,
 from lading.errors import CheckpointError, MissingTensorError, ShapeMismatchError, name_list, refusal
 from lading.names import Rename, nearest, renamed
 
-_LOG = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindOptions:
@@ -38,7 +36,7 @@ class BindOptions:
 
     rename: Rename | None = None
     dtype: torch.dtype | str | None = "auto"
-    strict: bool = True
+    strict: Strictness = True
     copy: bool = False
 
 
@@ -76,7 +74,8 @@ def bind(
         MissingTensorError: names that the module needs and the checkpoint has not; with ``strict=False`` only those
             that cannot be initialised.
         ShapeMismatchError: shapes differ, also with ``strict=False``.
-        CheckpointError: unexpected names (strict), element types that cannot stand for each other, ambiguous names.
+        CheckpointError: unexpected names (``strict="exact"``), element types that cannot stand for each other,
+            ambiguous names.
     """
     targets = _target_names(catalog, options.rename)
     tensors = tensors_of(catalog, mappings, copy=options.copy)
@@ -345,29 +344,19 @@ def _call_post_hooks(module: nn.Module, names: _IncompatibleKeys, done: set[nn.M
 
 
 def _settle(filling: _Filling) -> None:
-    """Refuse unexpected and missing names; without ``strict``, tell them and refuse what nothing could initialise."""
-    kind = type(filling.module).__name__
-    if filling.unexpected:
-        likely = nearest(filling.unexpected[0], filling.slots)
-        message = refusal(
-            filling.file_of(filling.unexpected[0]),
-            found=f"names that the module has no place for: {name_list(filling.unexpected)}",
-            expected=f"names of {kind}" + (f", such as {name_list(likely)}" if likely else ""),
-            way_out="rename them, or leave them out with strict=False",
-        )
-        if filling.options.strict:
-            raise CheckpointError(message)
-        _LOG.warning(message)
-    if filling.missing:
-        message = refusal(
-            filling.catalog.describe(),
-            found=f"no tensor for {name_list(filling.missing)}",
-            expected=f"every parameter and persistent buffer of {kind}",
-            way_out="rename the checkpoint's names, or initialise what is missing with strict=False",
-        )
-        if filling.options.strict:
-            raise MissingTensorError(message)
-        _LOG.warning(message)
+    """Refuse what is missing or left over as strictly as was asked, and in any case what nothing could initialise."""
+    unexpected = filling.unexpected
+    names = Names(
+        missing=filling.missing,
+        unexpected=unexpected,
+        owner=type(filling.module).__name__,
+        checkpoint=filling.catalog.describe(),
+        file_of=filling.file_of,
+        missing_way_out="rename the checkpoint's names, or initialise what is missing with strict=False",
+        unexpected_way_out='rename them, or leave them out without strict="exact"',
+        alike=nearest(unexpected[0], filling.slots) if unexpected else (),
+    )
+    hold(names, filling.options.strict)
     lost = [name for name in filling.missing if name in filling.slots and filling.slots[name].get().is_meta]
     if lost:
         raise MissingTensorError(

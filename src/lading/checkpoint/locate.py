@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lading.checkpoint.catalog import Catalog, Shard
 from lading.checkpoint.header import read_header
@@ -47,9 +47,22 @@ class Source:
     local_files_only: bool = False
     """Never ask the network for a repo id; ``HF_HUB_OFFLINE=1`` has the same effect."""
     token: str | bool | None = None
+    weights_name: str | None = None
+    """The one file to begin with, where a configuration names it; None: the usual names are tried."""
+    more_names: tuple[str, ...] = ()
+    """Shards beside the checkpoint that belong to it wherever they are there."""
+    use_safetensors: bool | None = None
+    """True or False: only such files, or only pickled ones; None: safetensors first."""
     inner_key: str | None = None
     """Where a file of torch.save holds more than named tensors: the key of the dict of tensors inside, dots between the
     keys of dicts in dicts, such as ``"state_dict"`` of a training checkpoint. None: the file is that dict itself."""
+
+    def candidates(self) -> tuple[str, ...]:
+        """List the file names that this checkpoint may begin with, in the order they are tried."""
+        if self.weights_name is not None:
+            return (self.weights_name,)
+        names = candidates(self.variant)
+        return names if self.use_safetensors is None else names[:2] if self.use_safetensors else names[2:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +73,22 @@ class Survey:
     """Of the shards that could be read; perhaps of none."""
     faults: tuple[CheckpointError, ...]
     """Why `open_catalog` refuses the checkpoint; empty where it does not."""
+
+
+def find_file(source: Source, name: str) -> Path | None:
+    """Find one file beside a checkpoint, on disk or in the hub's cache or on the hub; None: it is not there."""
+    path = Path(source.path_or_repo_id).expanduser()
+    place = path.parent if path.is_file() else path / source.subfolder
+    if path.exists():
+        return place / name if (place / name).is_file() else None
+    if path.is_absolute() or not _REPO_ID.fullmatch(source.path_or_repo_id):
+        return None
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return _download(source, name)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None
 
 
 def candidates(variant: str | None = None) -> tuple[str, ...]:
@@ -98,6 +127,7 @@ def survey_checkpoint(source: Source | str | Path) -> Survey:
     where = source if isinstance(source, Source) else Source(path_or_repo_id=str(source))
     faults: list[CheckpointError] = []
     try:
+        _check_names(where)
         entry, fetch = find_entry(where)
         weight_map = read_index(entry) if kind_of(entry) == "json" else None
     except CheckpointError as error:
@@ -106,8 +136,9 @@ def survey_checkpoint(source: Source | str | Path) -> Survey:
     if weight_map is not None:
         paths, missing = _fetch_all(sorted({os.path.normpath(name) for name in weight_map.values()}), fetch)
         faults += [_missing_shards(where, entry, missing, len(paths))] if missing else []
+    more = (find_file(where, name) for name in where.more_names)
     shards: list[Shard] = []
-    for path in paths:
+    for path in dict.fromkeys([*paths, *(path for path in more if path is not None)]):
         try:
             shards.append(read_shard(path, where.inner_key))
         except CheckpointError as error:
@@ -115,6 +146,20 @@ def survey_checkpoint(source: Source | str | Path) -> Survey:
     catalog, doubled = join(shards)
     notes = [] if weight_map is None else notes_on_index(shards, weight_map, entry)
     return Survey(catalog=replace(catalog, notes=(*notes, *catalog.notes)), faults=(*faults, *doubled))
+
+
+def _check_names(source: Source) -> None:
+    """Refuse a file that a configuration names outside the checkpoint's directory."""
+    name = source.weights_name or ""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            refusal(
+                f"{source.path_or_repo_id}, config.json",
+                found=f"transformers_weights = {name!r}, which leaves the checkpoint's directory",
+                expected="a file inside it",
+                way_out="do not use a model from this source",
+            )
+        )
 
 
 def _fetch_all(names: list[str], fetch: Callable[[str], Path]) -> tuple[list[Path], dict[str, str]]:
@@ -209,7 +254,7 @@ def _find_on_disk(path: Path, source: Source) -> tuple[Path, Callable[[str], Pat
     if is_file:
         return path, lambda name: path.parent / name
     if is_directory:
-        return _find_in_directory(path / source.subfolder, source.variant)
+        return _find_in_directory(path / source.subfolder, source)
     if is_link:
         raise _nothing_there(source, f"a link to {path.readlink()}, which is not there")
     return None
@@ -222,8 +267,8 @@ def _nothing_there(source: Source, found: str) -> CheckpointNotFoundError:
     )
 
 
-def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, Callable[[str], Path]]:
-    names = candidates(variant)
+def _find_in_directory(directory: Path, source: Source) -> tuple[Path, Callable[[str], Path]]:
+    names = source.candidates()
     for name in names:
         if (directory / name).exists() or (directory / name).is_symlink():
             return directory / name, lambda shard: directory / shard
@@ -251,37 +296,39 @@ def _what_is_there(directory: Path) -> str:
 
 
 def _find_on_hub(source: Source) -> tuple[Path, Callable[[str], Path]]:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    def fetch(name: str) -> Path:
-        return Path(
-            hf_hub_download(
-                source.path_or_repo_id,
-                name,
-                subfolder=source.subfolder or None,
-                revision=source.revision,
-                cache_dir=source.cache_dir,
-                local_files_only=source.local_files_only,
-                token=source.token,
-            )
-        )
 
     def shard(name: str) -> Path:
         try:
-            return fetch(name)
+            return _download(source, name)
         except (EntryNotFoundError, OSError) as error:
             raise FileNotFoundError(_first_line(error)) from error
 
     reason = ""
-    for name in candidates(source.variant):
+    for name in source.candidates():
         try:
-            return fetch(name), shard
+            return _download(source, name), shard
         except EntryNotFoundError as error:  # also LocalEntryNotFoundError: not in the cache
             reason = reason or _first_line(error)
         except (RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
             raise _not_on_hub(source, _first_line(error)) from error
     raise _not_on_hub(source, reason)
+
+
+def _download(source: Source, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            source.path_or_repo_id,
+            name,
+            subfolder=source.subfolder or None,
+            revision=source.revision,
+            cache_dir=source.cache_dir,
+            local_files_only=source.local_files_only,
+            token=source.token,
+        )
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -294,7 +341,7 @@ def _not_on_hub(source: Source, reason: str) -> CheckpointNotFoundError:
         refusal(
             where,
             found=f"no directory of that name and nothing in the hub's cache or on the hub ({reason})",
-            expected=" or ".join(candidates(source.variant)),
+            expected=" or ".join(source.candidates()),
             way_out="check the name, download the model, or unset HF_HUB_OFFLINE",
         )
     )

@@ -23,6 +23,10 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     """Names of the module without a tensor, initialised as the module does (``strict=False`` only)."""
     unexpected: tuple[str, ...] = ()
-    """Names of the checkpoint that the module has no place for (``strict=False`` only)."""
+    """Names of the checkpoint that the module has no place for."""
+    mismatched: tuple[str, ...] = ()
+    """Names of the module whose tensors have other shapes, initialised as it does (``ignore_mismatched_sizes``)."""
+    adapter: str = ""
+    """The folder or repository of the adapter that was attached; empty: none."""
     loader: str = "lading"
     """Who put the weights in place: ``"lading"`` or ``"transformers"``, whose own path converts and casts."""

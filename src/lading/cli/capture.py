@@ -44,6 +44,13 @@ def _run(args: argparse.Namespace) -> int:
     def make(batching: Batching, memory: dict[str, str] | None) -> Embedder:
         from lading.api.embedding import site_embedder
 
-        return site_embedder(args.model, args.sites, _POOLING[args.tokens], batching=batching, max_memory=memory)
+        return site_embedder(
+            args.model,
+            args.sites,
+            _POOLING[args.tokens],
+            batching=batching,
+            max_memory=memory,
+            trust_remote_code=args.trust_remote_code,
+        )
 
     return fill_store(args, make)

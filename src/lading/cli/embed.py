@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lading.cli.plan import parse_memory
+from lading.cli.plan import add_trust_argument, parse_memory
 from lading.units import format_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         help="what weights may take, such as cpu=2GiB; what does not fit streams (default: no limit)",
         metavar="DEVICE=SIZE,…",
     )
+    add_trust_argument(parser)
     parser.add_argument("--window-rows", type=int, default=4096, help="texts per commit (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per batch (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
@@ -66,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
     def make(batching: Batching, memory: dict[str, str] | None) -> Embedder:
         from lading.api.embedding import Embedder as Maker
 
-        return Maker(args.model, batching=batching, max_memory=memory)
+        return Maker(args.model, batching=batching, max_memory=memory, trust_remote_code=args.trust_remote_code)
 
     return fill_store(args, make, prompt_name=args.prompt_name)
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lading.cli.plan import parse_memory
+from lading.cli.plan import add_trust_argument, parse_memory
 from lading.errors import LadingError, PlanError, refusal
 from lading.units import format_bytes
 
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="what weights are loaded in (auto: as stored)")
     parser.add_argument("--revision", help="branch, tag or commit, for a repo id")
     parser.add_argument("--subfolder", default="", help="folder inside the directory or repo")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code from the repository to run")
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run, parser=parser)
 

@@ -41,11 +41,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--probe", action="store_true", help="measure the machine's rates and predict a forward's time")
     parser.add_argument("--revision", help="branch, tag or commit, for a repo id")
     parser.add_argument("--subfolder", default="", help="folder inside the directory or repo")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code from the repository to run")
+    add_trust_argument(parser)
     parser.add_argument("--minimum", action="store_true", help="print the least memory that works, to the byte")
     parser.add_argument("--plot", metavar="FILE", help="also draw it, to an .svg or .png file (lading[plot])")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the one way to let a model folder's own code run."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code from the repository to run")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from lading.cli.plan import add_trust_argument
+
 if TYPE_CHECKING:
     from lading.embed.rows import Hit, VectorSource
 
@@ -28,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--k", type=int, default=5, help="how many texts (default: %(default)s)")
     parser.add_argument("--model", help="model directory or repository (default: the one the store names)")
     parser.add_argument("--prompt-name", help="the model's prompt for the query (default: 'query' where it has one)")
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the hits as one line of JSON")
     parser.set_defaults(run=_run)
 
@@ -40,7 +43,8 @@ def _run(args: argparse.Namespace) -> int:
     source = store.source
     if source.sites:
         _refuse_captured(args.store, source)
-    embedder = Embedder(args.model or _recorded_model(args.store, source))
+    model = args.model or _recorded_model(args.store, source)
+    embedder = Embedder(model, trust_remote_code=args.trust_remote_code)
     prompts = embedder.settings.prompts
     prompt_name = "query" if args.prompt_name is None and "query" in prompts else args.prompt_name
     query = embedder.encode(args.query, prompt_name=prompt_name)

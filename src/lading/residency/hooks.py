@@ -12,7 +12,6 @@ Concurrency: the stack is the thread's own; the schedule guards the rest.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, MutableMapping
@@ -24,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lading import compat
+from lading.compat import frame_of
 from lading.residency.schedule import Schedule
 from lading.residency.visits import Visit
 
@@ -64,7 +64,7 @@ class Companion(Protocol):
 
 def is_in_a_forward(thread_id: int) -> bool:
     """Say whether a live thread is inside any module's call: whether code of torch's is that called something."""
-    frame = sys._current_frames().get(thread_id)
+    frame = frame_of(thread_id)
     while frame is not None:
         if frame.f_code.co_filename.startswith(_FORWARD_CODE):
             return True

@@ -7,10 +7,12 @@ weights stands in this package.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
+
+from lading.compat import frame_of
 
 _OWN_FILES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")  # noqa: PTH100, PTH118, PTH120 - compared with names in frames
 
@@ -25,19 +27,27 @@ class Watch:
 
     def look(self, thread: threading.Thread) -> str | None:
         """Say where a thread has stood still for too long; None while it gets on, or waits for weights."""
-        ident = thread.ident
-        frame = sys._current_frames().get(ident) if ident is not None else None
-        if ident is None or frame is None:
-            return None
-        used_s = time.clock_gettime(time.pthread_getcpuclockid(ident))
-        seen = (ident, used_s, id(frame), frame.f_lasti)
-        frame = _beyond_locks(frame)
         now = time.monotonic()
-        if seen != self._seen or frame is None or frame.f_code.co_filename.startswith(_OWN_FILES):
-            self._seen, self._since_s = seen, now
-        if now - self._since_s < self._patience_s or frame is None:
+        used = _processor_ticks(thread)
+        if used is None or (thread, used) != self._seen:  # not begun, ended, or it computes
+            self._seen, self._since_s = (thread, used), now
+        if now - self._since_s < self._patience_s:
+            return None
+        frame = _beyond_locks(frame_of(thread.ident or 0))
+        if frame is None or frame.f_code.co_filename.startswith(_OWN_FILES):
+            self._since_s = now
             return None
         return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _processor_ticks(thread: threading.Thread) -> int | None:
+    """Read how long a thread has computed, in the kernel's ticks (10 ms); None for one that is not there."""
+    try:
+        text = Path(f"/proc/self/task/{thread.native_id}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # behind the name, which may hold anything
+    return int(fields[11]) + int(fields[12])
 
 
 def _beyond_locks(frame: FrameType | None) -> FrameType | None:
