@@ -293,7 +293,7 @@ CASES: dict[str, Case] = {
         MissingTensorError,
         (f"found no tensor for '{NORM}'", "expected every parameter and persistent buffer of LlamaForCausalLM"),
         is_sharded=True,
-        only_strict=True,
+        refused_by=True,
     ),
     "key_missing": Case(
         lambda d: edit_tensors(d, NORM, lambda tensors: tensors.pop(NORM)),
