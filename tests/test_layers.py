@@ -43,7 +43,7 @@ ONLY_IN = {
 }
 VERSION_QUESTIONS = ("sys.version", "sys.platform", "torch.version.", "platform.", "os.name")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
-MAX_LINES, MAX_TOTAL_CODE_LINES = 400, 13_500
+MAX_LINES, MAX_TOTAL_CODE_LINES = 400, 15_000
 
 
 def module_name(path: Path, source: Path) -> str:
@@ -269,7 +269,7 @@ def test_layers_of_a_file_without_docstring_are_refused(tmp_path):
 
 
 def test_layers_of_a_package_too_long_to_read_are_refused(tmp_path):
-    files = {f"embed/part{index}.py": '"""Part."""\n' + "x = 1\n" * 390 for index in range(35)}
+    files = {f"embed/part{index}.py": '"""Part."""\n' + "x = 1\n" * 390 for index in range(40)}
     found = violations(write_tree(tmp_path, {**CLEAN, **files}))
     assert len(found) == 1
-    assert "lines of code in all, at most 13500" in found[0]
+    assert "lines of code in all, at most 15000" in found[0]

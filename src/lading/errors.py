@@ -55,9 +55,23 @@ class StoreError(LadingError, ValueError):
     """A vector store cannot be read, or refuses rows that do not belong to it."""
 
 
+def printable(text: str) -> str:
+    r"""Write a text that a file chose so that a terminal or a log shows it and obeys nothing in it.
+
+    Whatever ``str.isprintable`` refuses (control characters and with them line ends and escape sequences, half
+    surrogates, marks that turn the direction of writing) becomes its escape; everything else stays as it is.
+
+    >>> printable("weight\x1b[2J"), printable("größe")
+    ('weight\\x1b[2J', 'größe')
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
+
+
 def refusal(subject: str, *, found: str, expected: str, way_out: str) -> str:
-    """Compose a message of the house: the subject by its full name · found · expected · the way out."""
-    return f"{subject}: found {found} · expected {expected} · {way_out}"
+    """Compose a message of the house: the subject by its full name · found · expected · the way out; printable."""
+    return printable(f"{subject}: found {found} · expected {expected} · {way_out}")
 
 
 def name_list(names: Iterable[str], limit: int = 10) -> str:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
+import gzip
 import hashlib
+import io
 import json
-import shutil
+import lzma
+import os
+import re
+import tarfile
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from handmade import run_python
 from safetensors.torch import save, save_file
 
 from lading.checkpoint.locate import Source, candidates, find_entry, open_catalog, read_shard
-from lading.errors import CheckpointNotFoundError, CorruptShardError
+from lading.checkpoint.mapping import map_catalog, tensors_of
+from lading.errors import CheckpointError, CheckpointNotFoundError, CorruptShardError, printable
 
 REPO = "org/tiny-model"
 MAIN, OLD = "a" * 40, "b" * 40
@@ -43,8 +54,6 @@ def shard_of(value: float) -> bytes:
 
 
 def value_of(source: Source | str | Path) -> float:
-    from lading.checkpoint.mapping import map_catalog, tensors_of
-
     catalog = open_catalog(source)
     return float(tensors_of(catalog, map_catalog(catalog))["a"][0])
 
@@ -98,27 +107,220 @@ def test_open_catalog_of_a_variant_index_reads_its_shards(tmp_path):
     assert value_of(Source(path_or_repo_id=str(tmp_path), variant="fp16")) == 5
 
 
-def test_read_shard_chooses_the_reader_by_the_name(tmp_path):
-    for name in ("a.bin", "a.pt", "a.pth"):
-        torch.save({"a": torch.ones(2)}, tmp_path / name)
-        assert list(read_shard(tmp_path / name).tensors) == ["a"]
-    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    assert list(read_shard(tmp_path / "a.safetensors").tensors) == ["a"]
-    shutil.copy(tmp_path / "a.bin", tmp_path / "b.safetensors")
-    with pytest.raises(CorruptShardError, match=r"b\.safetensors: found a header"):
-        read_shard(tmp_path / "b.safetensors")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.pt", "a.pth", "a.ckpt", "a.gguf", "a.json", "a"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy", "legacy, pickle protocol 1"])
+def test_open_catalog_of_a_file_of_any_name_reads_what_it_is(tmp_path, name, kind):
+    path, state = tmp_path / name, {"a": torch.arange(2.0)}
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        protocol = 1 if kind.endswith("1") else 2
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip", pickle_protocol=protocol)
+    catalog = open_catalog(path)
+    assert torch.equal(tensors_of(catalog, map_catalog(catalog))["a"], state["a"])
 
 
-def test_open_catalog_of_a_dangling_link_names_it(tmp_path):
-    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
-    with pytest.raises(CorruptShardError, match=r"model\.safetensors: found No such file"):
+def test_open_catalog_of_a_model_file_that_is_of_the_other_kind_reads_it(tmp_path):
+    torch.save({"a": torch.full((2,), 3.0)}, tmp_path / "model.safetensors")
+    assert value_of(tmp_path) == 3
+
+
+@pytest.mark.parametrize("name", ["index", "weights.safetensors", "my.index.json"])
+def test_open_catalog_of_an_index_of_any_name_reads_its_shards(tmp_path, name):
+    (tmp_path / "one.safetensors").write_bytes(shard_of(4))
+    (tmp_path / name).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}, indent=2))
+    assert value_of(tmp_path / name) == 4
+
+
+@pytest.mark.parametrize("length", [0x8B1F, 0x4D50, 0x3A0708, 0x12_0108, 0x6867])
+def test_open_catalog_of_safetensors_whose_length_looks_like_another_format_reads_it(tmp_path, length):
+    """The first bytes of a file of safetensors are a number, and any number may be it: gzip's, ONNX's, …"""
+    raw = shard_of(6)
+    text = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    (tmp_path / "model.safetensors").write_bytes(
+        length.to_bytes(8, "little") + text.ljust(length) + raw[8 + len(text) :]
+    )
+    assert value_of(tmp_path) == 6
+
+
+def numpy_file(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def zip_of(**members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def tar_of(name: str, content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+FOREIGN: dict[str, tuple[bytes, str, str]] = {
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(100), "GGUF, the format of llama.cpp", "gguf_file="),
+    "ggml": (b"tjgg\x03\0\0\0" + bytes(100), "GGML, an old format of llama.cpp", "gguf_file="),
+    "npz": (numpy_file(a=np.ones(3)), r"a NumPy array \(\.npz\)|a NumPy archive \(\.npz\)", "numpy.load"),
+    "npy": (b"\x93NUMPY\x01\0" + bytes(100), r"a NumPy array \(\.npy\)", "numpy.load"),
+    "zip": (zip_of(**{"model.safetensors": shard_of(1)}), "a zip archive of 'model.safetensors'", "unpack it"),
+    "zip_of_nothing": (zip_of(), ".", "."),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5, in which Keras and TensorFlow keep weights", "save_pretrained"),
+    "onnx": (b"\x08\x08\x12\x07pytorch" + bytes(100), "an ONNX model", "that it was exported from"),
+    "saved_model": (b"\x08\x01\x12\x90\x02" + bytes(100), "a TensorFlow model", "save_pretrained"),
+    "tflite": (b"\x1c\0\0\0TFL3" + bytes(100), "a TensorFlow Lite model", "save_pretrained"),
+    "flax": (
+        b"\x82\xa6params\x81\xa5dense\xc7" + bytes(range(100)),
+        "MessagePack, in which Flax keeps",
+        "save_pretrained",
+    ),
+    "gzip": (gzip.compress(shard_of(1)), "a gzip archive", "unpack it"),
+    "bzip2": (bz2.compress(shard_of(1)), "a bzip2 archive", "unpack it"),
+    "xz": (lzma.compress(shard_of(1)), "an xz archive", "unpack it"),
+    "tar": (tar_of("model.safetensors", shard_of(1)), "a tar archive", "unpack it"),
+    "parquet": (b"PAR1" + bytes(100), "a Parquet table", "name the model's files"),
+    "html": (
+        b"\n<!DOCTYPE html><html>Not found</html>",
+        "a page that begins '<!DOCTYPE html>",
+        "download the file again",
+    ),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a page that begins '<.xml", "download"),
+    "text": (b"Entry not found", "a text that begins 'Entry not found'", "name the checkpoint, or download it again"),
+    "long_text": ("über ".encode() * 400, "a text that begins 'über über", "download it again"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\nsize 4\n", "a git-lfs pointer", "git lfs pull"),
+    "zeros": (bytes(4096), "zeros, as an unfinished download leaves them", "download the file again"),
+    "noise": (
+        b"\xfe\xdc\xba\x98\x76\x54\x32\x10" * 9,
+        "no known format, whose first bytes are fe dc ba",
+        "download it",
+    ),
+    "few_bytes": (b"\xfe\xdc", "no known format, whose first bytes are fe dc", "download it again"),
+    "config": (
+        b'{"architectures": ["Llama"], "model_type": "llama"}',
+        "a model's configuration",
+        "name its directory, /",
+    ),
+    "config_by_type": (b'\xef\xbb\xbf\n {"model_type": "llama"}', "no JSON object|a model's configuration", "."),
+    "adapter": (b'{"peft_type": "LORA"}', r"an adapter's configuration \(peft_type 'LORA'\)", "name its directory"),
+    "json": (b'{"vocab": {}}', "weight_map None", "download or save the index again"),
+    "json_lines": (b'{"id": 1}\n{"id": 2}\n', "no JSON object", "."),
+    "script": (b"torchscript", "a text that begins", "."),
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "weights"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_open_catalog_of_another_format_names_it_and_the_way_out(tmp_path, kind, name):
+    content, found, way_out = FOREIGN[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"found .*{found}.* · expected ") as caught:
+        open_catalog(tmp_path / name)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: found ")
+    assert "header length" not in message
+    assert re.search(re.escape(way_out) if way_out != "." else way_out, message.rpartition(" · ")[2])
+
+
+def test_open_catalog_of_torchscript_says_so(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive:
+        archive.writestr("a/constants.pkl", b"")
+    with pytest.raises(CheckpointError, match=r"a\.pt: found TorchScript · .* what torch\.jit\.load gives"):
+        open_catalog(tmp_path / "a.pt")
+
+
+def test_open_catalog_of_an_index_with_another_format_as_a_shard_names_the_shard(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "config.json"}}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: found JSON · expected a checkpoint"):
         open_catalog(tmp_path)
+
+
+def test_open_catalog_of_truncated_safetensors_says_how_long_it_should_be(tmp_path):
+    (tmp_path / "a.bin").write_bytes(shard_of(1)[:40])
+    with pytest.raises(CorruptShardError, match=r"a\.bin: found a header length of \d+ bytes · expected at most 32"):
+        open_catalog(tmp_path / "a.bin")
+
+
+def test_open_catalog_of_a_dangling_link_names_it_and_where_it_leads(tmp_path):
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(tmp_path / "gone")
+    for source in (tmp_path, link):
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            open_catalog(source)
+        assert str(caught.value).startswith(f"{link}: found a link to {tmp_path / 'gone'}, which is not there · ")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "way_out"),
+    [
+        (errno.EACCES, CheckpointError, r"allow this user to read it \(chmod u\+r\)"),
+        (errno.EMFILE, CheckpointError, r"let the process have more of them \(ulimit -n\)"),
+        (errno.EIO, CorruptShardError, "download or save the file again"),
+    ],
+)
+def test_open_catalog_of_a_file_that_does_not_open_says_why_and_what_to_do(tmp_path, monkeypatch, code, kind, way_out):
+    (tmp_path / "model.safetensors").write_bytes(shard_of(1))
+    opened = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("model.safetensors"):
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: found {os.strerror(code)} · .*{way_out}") as caught:
+        open_catalog(tmp_path)
+    assert type(caught.value) is kind
+
+
+def test_open_catalog_of_a_directory_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(CheckpointError, match=f"found Permission denied for {tmp_path} · .*chmod") as caught:
+        open_catalog(tmp_path)
+    assert not isinstance(caught.value, CheckpointNotFoundError)
+
+
+def test_read_shard_of_bytes_that_the_disk_does_not_give_says_so(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(shard_of(1))
+
+    def refuse(*_arguments: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(CorruptShardError, match=r"bytes 0 to \d+ unreadable \(Input/output error\) · .*check the disk"):
+        read_shard(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["größe 語.safetensors", "a\nb\x1b[31m.safetensors", "spa ce", "\udcff.bin", "%s{}"])
+def test_open_catalog_of_odd_file_names_works_and_messages_show_them_printable(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(shard_of(1))
+    assert value_of(path) == 1
+    path.write_bytes(shard_of(1)[:-1])
+    with pytest.raises(CorruptShardError) as caught:
+        open_catalog(path)
+    assert str(caught.value).isprintable()
+    assert printable(name) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ([], "found no weights · expected model.safetensors or model.safetensors.index.json or pytorch_model.bin"),
+        ([], "found an empty directory · expected model.safetensors or model.safetensors.index.json or pytorch_model"),
+        (["config.json"], "found no weights · expected model.safetensors or"),
+        ([f"{index}.bin" for index in range(7)], r"found only 0\.bin, .*, 4\.bin … \(7 in all\)"),
         (["other.safetensors", "x.bin"], "found only other.safetensors, x.bin · expected model.safetensors"),
         (
             ["adapter_config.json", "adapter_model.safetensors"],
@@ -135,6 +337,12 @@ def test_open_catalog_of_a_directory_without_a_checkpoint_says_what_is_there(tmp
     assert str(tmp_path) in str(caught.value)
     assert "name the file itself, or check subfolder and variant" in str(caught.value)
     assert isinstance(caught.value, FileNotFoundError)
+
+
+def test_open_catalog_of_a_directory_of_another_format_names_the_format(tmp_path):
+    (tmp_path / "llama.gguf").write_bytes(FOREIGN["gguf"][0])
+    with pytest.raises(CheckpointNotFoundError, match=r"found only llama\.gguf \(GGUF, the format of llama\.cpp\)"):
+        open_catalog(tmp_path)
 
 
 def test_open_catalog_of_a_missing_subfolder_or_variant_says_so(tmp_path):
@@ -201,10 +409,10 @@ def test_open_catalog_of_a_repo_with_an_absent_shard_names_it(tmp_path):
     index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}).encode()
     add_to_cache(tmp_path, {"model.safetensors.index.json": index, "one.safetensors": shard_of(7)})
     with pytest.raises(
-        CheckpointNotFoundError, match=r"org/tiny-model: found .*shard 'two.safetensors' missing"
+        CheckpointNotFoundError, match=r"index\.json: found 1 of its 2 shards; missing are 'two\.safetensors' \("
     ) as caught:
         open_catalog(Source(path_or_repo_id=REPO, cache_dir=str(tmp_path)))
-    assert "check the name, download the model, or unset HF_HUB_OFFLINE" in str(caught.value)
+    assert "run `hf download org/tiny-model`, with a network and without HF_HUB_OFFLINE" in str(caught.value)
 
 
 @pytest.mark.parametrize("is_flagged", [True, False], ids=["local_files_only", "HF_HUB_OFFLINE"])

@@ -14,15 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from handmade import attempt, bits, run_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
+import lading
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.dtypes import ELEMENT_TYPES, element_type
+from lading.checkpoint.locate import Source, open_catalog
 from lading.checkpoint.mapping import ShardMapping, map_catalog, tensors_of
 from lading.checkpoint.pickled import read_pickled
 from lading.errors import CheckpointError, CorruptShardError
@@ -288,9 +292,9 @@ def test_read_pickled_of_state_set_on_a_record_changes_nothing_in_this_process(t
 
 
 def test_read_pickled_of_state_set_on_a_function_changes_nothing_in_this_process(tmp_path):
-    from lading.checkpoint import pickled
+    from lading.checkpoint import unpickling
 
-    function = pickled._rebuild_tensor
+    function = unpickling._rebuild_tensor
     state = b"}" + text("planted") + b"K\x01s" + b"}" + text("__defaults__") + b"(K\x07ts\x86"
     path = zipped(tmp_path / "a.bin", b"\x80\x02ctorch._utils\n_rebuild_tensor\n" + state + b"b0" + table(tensor())[2:])
     try:
@@ -381,11 +385,11 @@ def test_read_pickled_of_a_legacy_claim_past_the_end_allocates_nothing(tmp_path,
         hold_to_law(path)
 
 
-def hold_to_law(path: Path, *, at_most: int = 4 << 20) -> None:
+def hold_to_law(path: Path, *, at_most: int = 4 << 20, inner_key: str | None = None) -> None:
     """Check that a file is refused by its name, or that its tensors can be made; either way in little memory."""
     tracemalloc.start()
     try:
-        shard, message = attempt(read_pickled, path, refusing=CheckpointError)
+        shard, message = attempt(read_pickled, path, inner_key, refusing=CheckpointError)
         if shard is not None:
             catalog = Catalog.of([shard])
             made, message = attempt(tensors_of, catalog, map_catalog(catalog), refusing=CheckpointError)
@@ -513,18 +517,20 @@ def test_read_pickled_of_a_member_that_stands_twice_refuses(tmp_path):
 @pytest.mark.parametrize(
     ("members", "says"),
     [
-        ({}, "0 data.pkl"),
-        ({"one/data.pkl": b"", "two/data.pkl": b""}, "2 data.pkl"),
-        ({"deep/er/data.pkl": b""}, "0 data.pkl"),
+        ({}, "a zip archive of 'readme'"),
+        ({"one/data.pkl": b"", "two/data.pkl": b""}, "a zip archive of 'readme', 'one/data.pkl', 'two/data.pkl'"),
+        ({"deep/er/data.pkl": b""}, "a zip archive of 'readme', 'deep/er/data.pkl'"),
     ],
 )
-def test_read_pickled_of_another_zip_archive_says_what_is_missing(tmp_path, members, says):
+def test_read_pickled_of_another_zip_archive_says_what_is_in_it(tmp_path, members, says):
     path = tmp_path / "a.bin"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme", b"hello")
         for name, content in members.items():
             archive.writestr(name, content)
-    with pytest.raises(CorruptShardError, match=rf"a\.bin: found a zip archive with {says}"):
+    with pytest.raises(
+        CorruptShardError, match=rf"a\.bin: found {says} · expected what torch.save writes: one data.pkl"
+    ):
         read_pickled(path)
 
 
@@ -555,7 +561,316 @@ def test_read_pickled_of_a_training_checkpoint_says_what_to_save(tmp_path, is_zi
     with pytest.raises(CheckpointError) as caught:
         read_pickled(path)
     assert "found entries that are no named tensors: 'state_dict', 'epoch'" in str(caught.value)
-    assert "save the inner state_dict alone" in str(caught.value)
+    assert "pass inner_key='state_dict' to lading.load_into, or --inner-key to lading inspect" in str(caught.value)
+
+
+# Training checkpoints: a dict of tensors among other things ----------------------------------------------------------
+
+
+class Settings(dict[str, Any]):
+    """A class that no reader knows, with state of its own, as hyper-parameters often are."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.note = "state"
+
+
+class Monitor(list[Any]):
+    """Another one: built by NEWOBJ, filled by APPENDS, then given its state."""
+
+
+class Slotted:
+    """A third: its state is a pair."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def training_checkpoint(sentinel: Path | None = None) -> dict[str, Any]:
+    """What a trainer saves: optimizer states with numbers as keys, callbacks by class, parameters of any class."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    monitor = Monitor([1, torch.ones(2), {"x": {1, 2}}])
+    monitor.best = torch.tensor(0.5)
+    return {
+        "epoch": 3,
+        "state_dict": net.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"base_lrs": [0.1], "last_epoch": 2, "_step_count": 3}],
+        "callbacks": {Monitor: monitor, ("pair", 1): frozenset([1, 2]), None: bytearray(b"raw"), 2.5: {1, 2}},
+        "hyper_parameters": Settings(
+            lr=0.1, path=Path("/data"), shape=torch.Size([2]), dtype=torch.qint8, at=np.float64(1)
+        ),
+        "slotted": Slotted(complex(1, 2)),
+        "ema": {"model": {"state": OrderedDict(plain())}, "decay": 0.9},
+        "code": Runs(sentinel, CALLS["open"]) if sentinel is not None else None,
+    }
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_read_pickled_of_a_training_checkpoint_gives_the_dict_under_the_inner_key(tmp_path, is_zip, protocol):
+    content = training_checkpoint(tmp_path / "sentinel")
+    path = save(tmp_path / "last.ckpt", content, is_zip=is_zip, protocol=protocol)
+    for key, expected in (("state_dict", content["state_dict"]), ("ema.model.state", plain())):
+        shard = read_pickled(path, key)
+        mapping = ShardMapping(shard)
+        assert set(shard.tensors) == set(expected)
+        for name, spec in shard.tensors.items():
+            assert bits(mapping.tensor(spec)) == bits(expected[name])
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_read_pickled_of_a_training_checkpoint_without_an_inner_key_offers_those_there_are(tmp_path, is_zip):
+    path = save(tmp_path / "last.ckpt", training_checkpoint(), is_zip=is_zip)
+    with pytest.raises(CheckpointError) as caught:
+        read_pickled(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: found a pickle that names ")
+    assert (
+        "which lading never runs · expected a dict of plain tensors · pass inner_key='state_dict' to lading" in message
+    )
+    assert "dicts of tensors inside are 'state_dict', 'ema.model.state'" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (
+            "weights",
+            "nothing under inner_key='weights' · expected a dict of plain tensors · pass inner_key='state_dict'",
+        ),
+        ("ema.model", "entries that are no named tensors: 'state' · "),
+        ("ema.model.state.bias", "a pickled TensorRecord"),
+        ("epoch.x", "nothing under inner_key='epoch.x'"),
+        ("", "nothing under inner_key=''"),
+        ("callbacks", r"entries that are no named tensors: '?', '?', '?', '?' (such as "),
+        ("hyper_parameters", "a pickled test_pickled.Settings"),
+        ("epoch", "a pickled int"),
+    ],
+)
+def test_read_pickled_of_an_inner_key_that_is_no_dict_of_tensors_says_what_it_is(tmp_path, is_zip, key, says):
+    path = save(tmp_path / "last.ckpt", training_checkpoint(), is_zip=is_zip)
+    with pytest.raises(CheckpointError) as caught:
+        read_pickled(path, key)
+    assert f"{path}: found {says}" in str(caught.value)
+
+
+def test_read_pickled_of_foreign_values_in_the_asked_for_dict_names_their_class(tmp_path, is_zip):
+    state = {"weight": torch.ones(2), "extra": Settings(a=1)}
+    with pytest.raises(
+        CheckpointError, match=r"no named tensors: 'extra' \(such as test_pickled\.Settings, which lading"
+    ):
+        read_pickled(save(tmp_path / "a.ckpt", {"state_dict": state}, is_zip=is_zip), "state_dict")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("place", ["value", "key", "beside", "state"])
+def test_read_pickled_of_code_beside_the_asked_for_dict_never_runs_it(tmp_path, is_zip, call, place):
+    sentinel = tmp_path / "sentinel"
+    code = Runs(sentinel, CALLS[call])
+    state: Any = {
+        "value": lambda: {"state_dict": plain(), "more": code},
+        "key": lambda: {"state_dict": plain(), code: 1},
+        "beside": lambda: {"state_dict": plain(), "more": [(code, {code: code})]},
+        "state": lambda: {"state_dict": with_attribute(plain(), code)},
+    }[place]()
+    path = save(tmp_path / "a.ckpt", state, is_zip=is_zip)
+    assert sorted(read_pickled(path, "state_dict").tensors) == ["bias", "steps", "weight"]
+    assert not sentinel.exists()
+
+
+def test_load_into_with_an_inner_key_fills_a_module_and_maps_the_file(tmp_path, is_zip):
+    content = training_checkpoint()
+    path = save(tmp_path / "last.ckpt", content, is_zip=is_zip)
+    with lading.empty():
+        net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    report = lading.load_into(net, path, inner_key="state_dict")
+    assert all(torch.equal(value, content["state_dict"][name]) for name, value in net.state_dict().items())
+    assert report.num_tensors == len(content["state_dict"])
+    assert is_zip is False or report.copied_bytes == 0  # a legacy file aligns nothing
+
+
+def test_load_into_of_a_training_checkpoint_says_which_inner_key_to_pass(tmp_path):
+    save(tmp_path / "last.ckpt", {"state_dict": plain(), "epoch": 1})
+    with pytest.raises(CheckpointError, match=r"pass inner_key='state_dict' to lading\.load_into"):
+        lading.load_into(nn.Linear(2, 2), tmp_path / "last.ckpt")
+
+
+def test_load_into_with_an_inner_key_for_safetensors_says_to_leave_it_out(tmp_path):
+    save_file(plain(), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"found safetensors, and inner_key='x' · .* · leave inner_key out"):
+        lading.load_into(nn.Linear(2, 2), tmp_path / "a.safetensors", inner_key="x")
+
+
+def test_open_catalog_with_a_key_that_has_dots_takes_the_longest(tmp_path):
+    save(
+        tmp_path / "a.ckpt",
+        {"a.b": {"x": torch.ones(1)}, "a": {"b": {"y": torch.ones(1)}, "b.c": {"z": torch.ones(1)}}},
+    )
+    for key, name in (("a.b", "x"), ("a.b.c", "z")):
+        assert list(open_catalog(Source(path_or_repo_id=str(tmp_path / "a.ckpt"), inner_key=key)).owners) == [name]
+
+
+FOREIGN_OPCODES: dict[str, bytes] = {
+    "bytearray_claim": b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b"x.",
+    "bytearray_claim_of_a_gigabyte": b"\x80\x05\x96" + struct.pack("<Q", 2**30) + b"x.",
+    "set_of_bombs": b"\x80\x04\x8f(" + b"K\x01" * 5 + b"\x90.",
+    "items_for_a_dict": b"\x80\x04}(K\x01\x90.",
+    "object_of_a_function": b"\x80\x02ctorch._utils\n_rebuild_tensor\n)\x81.",
+    "object_of_a_record": b"\x80\x02ctorch\nFloatStorage\n)\x81.",
+    "object_of_nothing": b"\x80\x02(o.",
+    "instance_of_a_function": b"(icollections\nOrderedDict\n.",
+    "state_for_a_number": b"\x80\x02K\x01}b.",
+    "state_for_a_function": b"\x80\x02ccollections\nOrderedDict\n}b.",
+    "appended_to_a_dict": b"\x80\x02}K\x01a.",
+    "appended_to_a_record": b"\x80\x02ctorch\nFloatStorage\nK\x01a.",
+    "buffer": b"\x80\x05\x97.",
+    "read_only_buffer": b"\x80\x05\x98.",
+    "long_name": b"\x80\x02c" + b"a" * 5000 + b"\n" + b"b" * 5000 + b"\n.",
+}
+
+
+@pytest.mark.parametrize("inner_key", [None, "a", "a.b"])
+@pytest.mark.parametrize("case", [*FOREIGN_OPCODES, *HOSTILE_TABLES])
+def test_read_pickled_of_a_hostile_pickle_with_an_inner_key_refuses_in_little_memory(tmp_path, case, inner_key):
+    program = (FOREIGN_OPCODES | HOSTILE_TABLES)[case]
+    hold_to_law(zipped(tmp_path / "a.bin", program), inner_key=inner_key)
+    (tmp_path / "b.bin").write_bytes(program)
+    hold_to_law(tmp_path / "b.bin", inner_key=inner_key)
+    if case in FOREIGN_OPCODES:
+        with pytest.raises(CheckpointError) as caught:
+            read_pickled(tmp_path / "a.bin", inner_key)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "use", ["set", "frozenset", "key", "dict", "object", "reduce", "state", "item", "append", "id"]
+)
+def test_read_pickled_of_shared_tuples_given_to_foreign_objects_ends(tmp_path, use):
+    leaf, foreign = b"h" + bytes([60]), b"cno_module\nNoClass\n"
+    uses = {
+        "set": b"\x8f(" + leaf + b"\x90",
+        "frozenset": b"(" + leaf + b"\x91",
+        "key": b"}" + leaf + b"K\x01s",
+        "dict": b"(" + leaf + b"K\x01d",
+        "object": foreign + leaf + b"\x81",
+        "reduce": foreign + leaf + b"R",
+        "state": foreign + b")R" + leaf + b"b",
+        "item": foreign + b")R" + leaf + leaf + b"s",
+        "append": foreign + b")R" + leaf + b"a",
+        "id": b"(" + foreign + leaf + b"tQ",
+    }
+    program = BOMB + b"0}" + text("more") + uses[use] + b"s" + text("state_dict") + table(tensor())[2:-1] + b"s."
+    path = zipped(tmp_path / "a.bin", program)
+    code = """
+import sys
+from pathlib import Path
+from lading.checkpoint.pickled import read_pickled
+print(*read_pickled(Path(sys.argv[1]), "state_dict").tensors)
+"""
+    assert run_python(code, path, memory_bytes=500 << 20, cpu_s=4) == "a\n"
+
+
+@pytest.mark.parametrize("num_sizes", [200, 255, 256, 100_000])
+def test_read_pickled_of_sizes_that_many_tensors_share_takes_no_memory_for_each(tmp_path, num_sizes):
+    ones = b"(" + b"K\x01" * num_sizes + b"tq\x01"
+    program = (
+        b"\x80\x02" + ones + b"0" + storage() + b"q\x02" + b"0" + b"ctorch._utils\n_rebuild_tensor\nq\x03" + b"0}("
+    )
+    one = b"h\x03(h\x02K\x00h\x01h\x01tR"
+    program += b"".join(text(f"t{index}") + one for index in range(4000)) + b"u."
+    path = zipped(tmp_path / "a.bin", program)
+    hold_to_law(path, at_most=8 << 20)
+    if num_sizes <= 255:
+        assert len(read_pickled(path).tensors) == 4000
+    else:
+        with pytest.raises(
+            CorruptShardError, match=f"a.bin: found a damaged file .TypeError: {num_sizes} sizes in a tuple"
+        ):
+            read_pickled(path)
+
+
+def test_read_pickled_of_dicts_that_hold_themselves_or_each_other_often_ends(tmp_path):
+    """What is offered is sought inside: each dict once, however many hold it."""
+    many = {f"k{index}": {} for index in range(300)}
+    for value in many.values():
+        value.update(many)
+    many["self"] = many
+    path = save(tmp_path / "a.bin", many)
+    with pytest.raises(CheckpointError, match="entries that are no named tensors"):
+        read_pickled(path)
+
+
+# Lazily conjugated and negated tensors -------------------------------------------------------------------------------
+
+
+def test_read_pickled_of_conjugated_and_negated_tensors_gives_the_values_of_torch(tmp_path, is_zip):
+    base = torch.tensor([[1 + 2j, 3 - 4j], [5 + 0j, -6j]])
+    state = {
+        "plain": base,
+        "conj": base.conj(),
+        "rows": base.conj()[1:],
+        "transposed": base.mH,
+        "imag": base.clone().conj().imag,
+        "both": torch._neg_view(base.conj()),
+        "neg": torch._neg_view(torch.arange(3.0)),
+        "tied": base.conj(),
+        "scalar": base.conj()[0, 1],
+        "none": base.conj()[:0],
+    }
+    path = save(tmp_path / "a.bin", state, is_zip=is_zip)
+    expected = torch.load(path)
+    catalog = open_catalog(path)
+    for copied in (False, True):
+        made = tensors_of(catalog, {} if copied else map_catalog(catalog), copy=copied)
+        for name, tensor in expected.items():
+            assert made[name].dtype == tensor.dtype
+            assert torch.equal(made[name], tensor), name
+            assert not made[name].is_conj()
+            assert not made[name].is_neg()
+        assert made["conj"].data_ptr() == made["tied"].data_ptr()
+    mapping = ShardMapping(catalog.shards[0])
+    if is_zip:
+        assert mapping.tensor(catalog["plain"]).data_ptr() == mapping.span.begin + catalog["plain"].offset
+
+
+def test_load_into_of_a_conjugated_tensor_copies_that_tensor_alone(tmp_path):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+            self.b = nn.Parameter(torch.zeros(5))
+
+    state = {"a": torch.tensor([1 + 2j, 3 - 4j]).conj(), "b": torch.arange(5.0)}
+    save(tmp_path / "a.bin", state)
+    with lading.empty():
+        net = Net()
+    report = lading.load_into(net, tmp_path / "a.bin")
+    assert (report.copied_bytes, report.mapped_bytes) == (16, 20)
+    assert net.a.tolist() == [1 - 2j, 3 + 4j]
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata"),
+    [
+        ("FloatStorage", b"}" + text("conj") + b"\x88s"),
+        ("BoolStorage", b"}" + text("neg") + b"\x88s"),
+        ("FloatStorage", text("conj")),
+        ("FloatStorage", b"](K\x01e"),
+    ],
+)
+def test_read_pickled_of_lazy_bits_that_torch_refuses_refuses(tmp_path, kind, metadata):
+    head = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(kind)
+    program = head + b"K\x00K\x06\x85K\x01\x85\x89ccollections\nOrderedDict\n)R" + metadata + b"tR"
+    with pytest.raises(CheckpointError, match=r"a\.bin: found a damaged file"):
+        read_pickled(zipped(tmp_path / "a.bin", table(program)))
+
+
+# Damage again --------------------------------------------------------------------------------------------------------
 
 
 def test_read_pickled_of_a_legacy_count_past_the_end_refuses(tmp_path):
@@ -610,6 +925,20 @@ def test_read_pickled_of_a_mutated_program_reads_tensors_or_refuses(tmp_path, ed
     for position, value in edits:
         program[position % len(program)] = value
     hold_to_law(zipped(tmp_path / "mutated.bin", bytes(program), storage=bytes(48)))
+
+
+TRAINING = io.BytesIO()
+torch.save(training_checkpoint(), TRAINING)
+TRAINING_PROGRAM = zipfile.ZipFile(TRAINING).read("archive/data.pkl")
+
+
+@examples(300)
+@given(edits=edits)
+def test_read_pickled_of_a_mutated_training_checkpoint_reads_tensors_or_refuses(tmp_path, edits):
+    program = bytearray(TRAINING_PROGRAM)
+    for position, value in edits:
+        program[position % len(program)] = value
+    hold_to_law(zipped(tmp_path / "mutated.bin", bytes(program), storage=bytes(48)), inner_key="state_dict")
 
 
 def test_read_pickled_after_all_mutations_left_no_module_imported_by_a_pickle():

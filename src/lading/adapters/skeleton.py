@@ -42,7 +42,7 @@ from lading.checkpoint.dtypes import torch_dtype
 from lading.checkpoint.empty import MetaWithoutInits
 from lading.checkpoint.locate import Source, open_catalog
 from lading.compat import has_transformers5
-from lading.errors import CheckpointNotFoundError, CorruptShardError, PlanError, name_list, refusal
+from lading.errors import CheckpointNotFoundError, PlanError, name_list, refusal
 from lading.placement.blocks import declared_whole, state_bytes
 
 _RESIZING = frozenset(
@@ -151,12 +151,8 @@ def _local_catalog(source: Source) -> Catalog | None:
         return None
     try:
         return open_catalog(replace(source, local_files_only=True))
-    except CheckpointNotFoundError:
+    except CheckpointNotFoundError:  # an index without its shards too
         return None
-    except CorruptShardError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # an index without its shards
-            return None
-        raise
 
 
 def _settle(

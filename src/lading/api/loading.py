@@ -89,7 +89,8 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
         copy: read the weights into memory now, immune to later changes of the file. Otherwise replace a checkpoint by
             rename, as all savers here do: a file shortened in place kills the process that reads it.
         readahead: read the file in layer order in the background, beginning before the model is built.
-        guard: before each forward, check that no shard changed in place (size and time of change; best effort).
+        guard: before each forward, check that no shard changed in place (size and time of change; best effort). Keeps
+            one open file for each shard.
         device_map: None for the CPU; one device for the whole model, such as ``"cuda:0"`` or ``{"": 0}``; a map of
             module names to devices; or ``"auto"``, which plans with ``max_memory``. What does not rest where it runs is
             streamed, see `lading.offload`.
@@ -158,7 +159,7 @@ def load(  # noqa: PLR0913 - the names that users of from_pretrained know
     base, adapter = find_adapter(request)
     choice = _chosen(base)
     catalog = open_catalog(weights_source(base, choice))
-    mappings = map_catalog(catalog)
+    mappings = {} if copy else map_catalog(catalog)
     if readahead and not copy:
         start_readahead(catalog, mappings)
     with plain_torch(torch.float32):
@@ -186,13 +187,14 @@ def load_into(  # noqa: PLR0913 - as for load
     guard: bool = False,
     revision: str | None = None,
     subfolder: str = "",
+    inner_key: str | None = None,
 ) -> LoadReport:
     """Fill any module with a checkpoint, without copying, or leave it as it was.
 
     Args:
         module: built inside `lading.empty` (its parameters on meta), or real; a real parameter keeps its identity and
             its device and gets the checkpoint's bytes.
-        path_or_repo_id: a ``.safetensors`` or ``.bin`` file, a directory that holds one, or a repo id.
+        path_or_repo_id: a file of safetensors or of torch.save, a directory that holds one, or a repo id.
         rename: how the checkpoint's names become the module's: a mapping of names or dotted prefixes, or a function
             that returns the new name, or None to leave a tensor out.
         dtype: ``"auto"`` binds floats in the checkpoint's dtype; None casts them to what the module declares; a
@@ -203,6 +205,9 @@ def load_into(  # noqa: PLR0913 - as for load
         guard: see `lading.load`.
         revision: see `lading.load`.
         subfolder: see `lading.load`.
+        inner_key: for a file of torch.save that holds more than named tensors, such as a training checkpoint: the key
+            of the dict of tensors in it (``"state_dict"``), with dots between the keys of dicts in dicts. Nothing of
+            the rest is loaded, and no code that it names runs.
 
     Returns:
         What was bound, copied, missing and left over.
@@ -219,9 +224,9 @@ def load_into(  # noqa: PLR0913 - as for load
         >>> report = lading.load_into(net, "net.safetensors", rename={"model": ""})  # doctest: +SKIP
     """
     refuse_zero_init()
-    source = source_of(path_or_repo_id, revision=revision, subfolder=subfolder)
+    source = source_of(path_or_repo_id, revision=revision, subfolder=subfolder, inner_key=inner_key)
     catalog = open_catalog(source)
-    mappings = map_catalog(catalog)
+    mappings = {} if copy else map_catalog(catalog)
     if readahead and not copy:
         start_readahead(catalog, mappings)
     options = BindOptions(rename=rename, dtype=named_dtype(dtype), strict=strictness(strict), copy=copy)

@@ -6,6 +6,7 @@ Holds records only: no file is opened here and no torch imported. A catalog is w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from lading.checkpoint.dtypes import ElementType
-from lading.errors import CheckpointError, name_list
+from lading.errors import name_list
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,10 @@ class TensorSpec(NamedTuple):
     num_bytes: int
     strides: tuple[int, ...] | None = None
     """In elements; None means contiguous. Only pickled checkpoints have others."""
+    is_conj: bool = False
+    """The values are the conjugates of what stands in the file. Only in pickled checkpoints."""
+    is_neg: bool = False
+    """The values are the negatives of what stands in the file. Only in pickled checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,25 +72,16 @@ class Catalog:
     shards: tuple[Shard, ...]
     owners: Mapping[str, Shard]
     """Tensor name → the shard that holds it."""
+    notes: tuple[str, ...] = ()
+    """What is amiss with the files and does no harm to their tensors: a message of the house for each kind."""
 
     @classmethod
-    def of(cls, shards: Iterable[Shard]) -> Catalog:
-        """Join shards into a catalog.
-
-        Raises:
-            CheckpointError: a name stands in more than one shard, or there is no tensor at all.
-        """
+    def of(cls, shards: Iterable[Shard], notes: Iterable[str] = ()) -> Catalog:
+        """List shards that have no name in common; `lading.checkpoint.joining` makes such of those that have."""
         listed = tuple(shards)
-        owners: dict[str, Shard] = {}
-        for shard in listed:
-            for name in shard.tensors:
-                if name in owners:
-                    raise CheckpointError(
-                        f"tensor {name!r} stands in two shards: {owners[name].path.name} and {shard.path.name} · "
-                        "expected each name in exactly one · delete the shard that does not belong to this checkpoint"
-                    )
-                owners[name] = shard
-        return cls(shards=listed, owners=MappingProxyType(owners))
+        owners = {name: shard for shard in listed for name in shard.tensors}
+        assert len(owners) == sum(len(shard.tensors) for shard in listed), "a name stands in two shards"
+        return cls(shards=listed, owners=MappingProxyType(owners), notes=tuple(notes))
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self.owners[name].tensors[name]
@@ -111,9 +107,20 @@ class Catalog:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Collect the left-out tied names of all shards: left-out name → stored name."""
-        return {alias: name for shard in self.shards for alias, name in shard.aliases.items()}
+        """Collect the left-out tied names of all shards: left-out name → stored name. A stored one is not left out."""
+        return {
+            alias: name for shard in self.shards for alias, name in shard.aliases.items() if alias not in self.owners
+        }
+
+    @property
+    def directory(self) -> Path:
+        """Give the folder that holds all shards, some of them perhaps in folders below it."""
+        return Path(os.path.commonpath([shard.path.parent for shard in self.shards]))
+
+    def name_of(self, shard: Shard) -> str:
+        """Name a shard by its path inside `directory`: no other shard has the same."""
+        return str(shard.path.relative_to(self.directory))
 
     def describe(self, limit: int = 3) -> str:
         """Name the shards for a message."""
-        return name_list((shard.path.name for shard in self.shards), limit)
+        return name_list(map(self.name_of, self.shards), limit)

@@ -27,8 +27,8 @@ class ElementType:
     """Width of one element in bits; below 8 several share a byte."""
     kind: Kind
     """What may stand in for it: floats may be cast to floats, everything else must match exactly."""
-    torch_name: str
-    """The attribute of ``torch``."""
+    torch_name: str | None
+    """The attribute of ``torch``; None where torch has no type for it."""
 
     @property
     def alignment_bytes(self) -> int:
@@ -37,9 +37,11 @@ class ElementType:
 
 
 def _table() -> dict[str, ElementType]:
-    rows: list[tuple[str, int, Kind, str]] = [
+    rows: list[tuple[str, int, Kind, str | None]] = [
         ("BOOL", 8, "bool", "bool"),
         ("F4", 4, "small float", "float4_e2m1fn_x2"),
+        ("F6_E2M3", 6, "small float", None),
+        ("F6_E3M2", 6, "small float", None),
         ("F8_E5M2", 8, "small float", "float8_e5m2"),
         ("F8_E4M3", 8, "small float", "float8_e4m3fn"),
         ("F8_E8M0", 8, "small float", "float8_e8m0fnu"),
@@ -71,15 +73,29 @@ def torch_dtype(element: ElementType) -> torch.dtype:
     """Give torch's dtype for an element type.
 
     Raises:
-        CheckpointError: the installed torch is too old to have it.
+        CheckpointError: no torch has it, or the installed one is too old.
     """
     import torch
 
+    if element.torch_name is None:
+        raise CheckpointError(
+            refusal(
+                f"element type {element.name}",
+                found=f"no type of {element.bits} bits in torch",
+                expected="a type that torch has",
+                way_out="leave the tensor out (load_into(rename=…) gives None for its name), or have the tool that "
+                "wrote it dequantise it",
+            )
+        )
     dtype = getattr(torch, element.torch_name, None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
-            f"element type {element.name}: torch {torch.__version__} has no torch.{element.torch_name} · "
-            "expected a torch that knows it · install a newer torch"
+            refusal(
+                f"element type {element.name}",
+                found=f"no torch.{element.torch_name} in torch {torch.__version__}",
+                expected="a torch that knows it",
+                way_out="install a newer torch",
+            )
         )
     return dtype
 

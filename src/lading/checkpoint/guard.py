@@ -3,7 +3,8 @@
 A mapping shows whatever the file holds now: overwritten in place it silently becomes other weights, shortened it kills
 the process on the next read. A guard keeps a descriptor of each shard and compares size and time of change before each
 forward of the module it watches. Best effort: a change during a forward, or one that restores both values, goes
-unnoticed. Renaming or unlinking the file is fine, the descriptor still names the old one.
+unnoticed. Renaming or unlinking the file is fine, the descriptor still names the old one: a path would not, which is
+why a guard costs one open file a shard, and nothing else in this room keeps any.
 
 Thread rule: immutable after construction; any number of threads may call the module.
 """

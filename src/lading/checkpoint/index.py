@@ -1,19 +1,21 @@
 """Read the index of a sharded checkpoint, or refuse it.
 
 The file, ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json``, is one JSON object whose ``weight_map``
-maps each tensor's name to the file name of its shard, in the same directory. Knows no shard's inside; imports no torch.
+maps each tensor's name to the file name of its shard, in the same directory or in a folder below it. As in
+transformers, the index says which files are shards, and the shards say what stands in them: where the two differ, that
+is told, and whether a tensor is missing is seen when a model asks for it. Imports no torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lading.checkpoint.catalog import Catalog
-from lading.checkpoint.header import open_regular, parse_json_object
-from lading.errors import CheckpointError, MissingTensorError, name_list, refusal
+from lading.checkpoint.catalog import Shard
+from lading.checkpoint.header import MAX_HEADER_BYTES, open_regular, parse_json_object, read_at
+from lading.errors import CheckpointError, name_list, refusal
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -23,18 +25,39 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: not JSON, no or an empty ``weight_map``, or a shard name that leaves the directory.
     """
     descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read()
+    try:
+        num_bytes = os.fstat(descriptor).st_size
+        if num_bytes > MAX_HEADER_BYTES:
+            _refuse(path, found=f"{num_bytes} bytes of text", expected=f"an index of at most {MAX_HEADER_BYTES} bytes")
+        data = read_at(descriptor, path, num_bytes, 0)
+    finally:
+        os.close(descriptor)
     try:
         parsed = parse_json_object(data)
     except ValueError as error:
         _refuse(path, found=f"no JSON object ({error})", expected="one JSON object in UTF-8, each key once")
+    if "weight_map" not in parsed:
+        _refuse_configuration(path, parsed)
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _refuse(path, found=f"weight_map {weight_map!r:.60}", expected="an object of tensor names to shard file names")
     for name, shard in weight_map.items():
         _check_shard_name(path, name, shard)
     return weight_map
+
+
+def _refuse_configuration(path: Path, parsed: Mapping[str, Any]) -> None:
+    """Refuse JSON that is known to be something else than an index."""
+    for key, what in (("peft_type", "an adapter's"), ("architectures", "a model's"), ("model_type", "a model's")):
+        if key in parsed:
+            raise CheckpointError(
+                refusal(
+                    str(path),
+                    found=f"{what} configuration ({key} {parsed[key]!r:.60})",
+                    expected="a checkpoint, or the index of one",
+                    way_out=f"name its directory, {path.parent}",
+                )
+            )
 
 
 def _refuse(path: Path, *, found: str, expected: str) -> NoReturn:
@@ -55,38 +78,44 @@ def _check_shard_name(path: Path, name: str, shard: object) -> None:
         )
 
 
-def check_against_index(catalog: Catalog, weight_map: Mapping[str, str], path: Path) -> None:
-    """Hold the shards against what the index promised. Tensors that the index leaves out are allowed.
+def notes_on_index(shards: Iterable[Shard], weight_map: Mapping[str, str], path: Path) -> list[str]:
+    """Say where an index and its shards differ. Tensors that the index leaves out are nothing to speak of.
 
-    Raises:
-        MissingTensorError: names of the index that stand in no shard, or in another one than it says.
+    Args:
+        shards: those that could be read; names in others are passed over.
+        weight_map: from `read_index`.
+        path: the index.
+
+    Returns:
+        At most two messages: about names that no shard has, and about names in another shard than the index says.
     """
-    absent = [name for name in weight_map if name not in catalog and name not in catalog.aliases]
+    by_path = {shard.path: shard for shard in shards}
+    places = {name: shard for shard in by_path.values() for name in (*shard.tensors, *shard.aliases)}
+    absent: list[str] = []
+    moved: list[str] = []
+    for name, file_name in weight_map.items():
+        named = by_path.get(path.parent / file_name)
+        if named is None or name in named.tensors or name in named.aliases:
+            continue
+        (moved if name in places else absent).append(name)
+    notes = []
     if absent:
-        listed = ", ".join(f"{name!r} in {weight_map[name]}" for name in absent[:10])
-        more = f" … ({len(absent)} in all)" if len(absent) > 10 else ""
-        raise MissingTensorError(
+        notes.append(
             refusal(
                 str(path),
-                found=f"no data for {listed}{more}",
+                found=f"no data for {name_list(absent)} ({absent[0]!r} should stand in {weight_map[absent[0]]})",
                 expected="every tensor of the index in its shard",
-                way_out="download the shards and the index again, from one revision",
+                way_out="right where these are tied to others; if a model misses them, download shards and index again",
             )
         )
-    moved = [
-        name for name, shard in weight_map.items() if name in catalog and not _same(catalog, name, shard, path.parent)
-    ]
     if moved:
-        where = catalog.owners[moved[0]].path.name
-        raise CheckpointError(
+        notes.append(
             refusal(
                 str(path),
-                found=f"{name_list(moved)} in another shard than named ({moved[0]!r} stands in {where})",
+                found=f"{name_list(moved)} in another shard than named ({moved[0]!r} stands in "
+                f"{places[moved[0]].path.name})",
                 expected=f"{moved[0]!r} in {weight_map[moved[0]]}",
-                way_out="download the shards and the index again, from one revision",
+                way_out="nothing to do: the shards are right",
             )
         )
-
-
-def _same(catalog: Catalog, name: str, shard: str, directory: Path) -> bool:
-    return catalog.owners[name].path == directory / shard
+    return notes

@@ -1,8 +1,8 @@
-"""Ask the kernel about the pages of a mapping: bring them in, drop them, and tell which were written to.
+"""Map files into memory, and ask the kernel about the pages: bring them in, drop them, tell which were written to.
 
-The only file that calls ``madvise`` and reads ``/proc/self/pagemap``. Knows addresses, no tensors. Nothing here keeps
-the interpreter's lock while the kernel works, and nothing reads a page itself, so a shortened file is answered with an
-error number where a reader would be killed by SIGBUS.
+The only file that calls ``mmap`` and ``madvise`` and reads ``/proc/self/pagemap``. Knows addresses, no tensors. Nothing
+here keeps the interpreter's lock while the kernel works, and nothing reads a page itself, so a shortened file is
+answered with an error number where a reader would be killed by SIGBUS.
 
 Thread rule: functions without state but for `Pagemap`, which any thread may use.
 """
@@ -15,9 +15,10 @@ import fcntl
 import logging
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,6 +27,41 @@ from lading import compat
 _LOG = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_LIBC.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)  # fmt: skip
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+Mapping: TypeAlias = "ctypes.Array[ctypes.c_char]"
+"""The bytes of a mapped file: a buffer that can be written to. Whoever holds it, such as a tensor over it, keeps it."""
+
+
+def map_private(descriptor: int, num_bytes: int) -> Mapping:
+    """Map an open file from its beginning: privately, writable, without swap reserved for it.
+
+    ``mmap.mmap`` would keep a duplicate of the descriptor for as long as the mapping lives, so that a checkpoint of
+    hundreds of shards could use up what a process may open. This keeps none. The bytes are unmapped when the last
+    holder lets go of them, and not when the interpreter ends, since tensors may live longer.
+
+    Raises:
+        OSError: the kernel does not map it: no room for it among the addresses, or a file that cannot be mapped.
+    """
+    address = _LIBC.mmap(
+        None,
+        num_bytes,
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        mmap.MAP_PRIVATE | compat.MAP_NORESERVE,
+        descriptor,
+        0,
+    )
+    if address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    mapping = (ctypes.c_char * num_bytes).from_address(address)
+    weakref.finalize(mapping, _LIBC.munmap, address, num_bytes).atexit = False
+    return mapping
 
 
 class Span(NamedTuple):
@@ -35,10 +71,10 @@ class Span(NamedTuple):
     end: int
 
     @classmethod
-    def of(cls, buffer: mmap.mmap) -> Span:
+    def of(cls, mapping: Mapping) -> Span:
         """Name all bytes of a mapping."""
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        return cls(begin, begin + len(buffer))
+        begin = ctypes.addressof(mapping)
+        return cls(begin, begin + len(mapping))
 
     @property
     def num_bytes(self) -> int:

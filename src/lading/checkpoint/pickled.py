@@ -8,9 +8,11 @@ Two layouts are known (source: ``torch/serialization.py``):
                        for each key a little-endian 64-bit element count and the raw bytes
 
 The pickle is interpreted by a reader that can build dicts, tuples, numbers, strings and *descriptions* of tensors, and
-nothing else: a pickle that names any other function is refused by that name, so code in a checkpoint never runs. What
-comes out is the same `Shard` as for safetensors, so that one mapping serves both (torch's own ``mmap=True`` maps
-without ``MAP_NORESERVE``, which a file larger than memory needs).
+nothing else (`lading.checkpoint.unpickling`). A pickle that names anything else is refused by that name, so code in a
+checkpoint never runs. Training checkpoints name classes beside their dict of tensors; they are read where the caller
+says by ``inner_key`` which dict is meant, and what else stands in the file is left alone. What comes out is the same
+`Shard` as for safetensors, so that one mapping serves both (torch's own ``mmap=True`` maps without ``MAP_NORESERVE``,
+which a file larger than memory needs).
 
 Guarantees: only the pickles are read; every tensor's bytes lie inside the file. Imports no torch.
 """
@@ -23,51 +25,18 @@ import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from lading.checkpoint.catalog import Shard, TensorSpec
-from lading.checkpoint.dtypes import ELEMENT_TYPES, ElementType
 from lading.checkpoint.header import MAX_HEADER_BYTES, identity_of, open_regular
+from lading.checkpoint.kinds import NUMPY_WAY_OUT
+from lading.checkpoint.unpickling import Placeholder, TensorRecord, inner_table, inner_tables, interpret
 from lading.errors import CheckpointError, CorruptShardError, name_list, refusal
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_STORAGE_KINDS = {
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-    "ComplexDoubleStorage": "C128",
-    "UntypedStorage": "U8",
-}
-_BY_TORCH_NAME = {element.torch_name: element for element in ELEMENT_TYPES.values()}
-_BUILDS_OBJECTS = (
-    pickle.INST,
-    pickle.OBJ,
-    pickle.NEWOBJ,
-    pickle.NEWOBJ_EX,
-    pickle.EXT1,
-    pickle.EXT2,
-    pickle.EXT4,
-    pickle.BYTEARRAY8,
-    pickle.NEXT_BUFFER,
-    pickle.READONLY_BUFFER,
-    pickle.EMPTY_SET,
-    pickle.ADDITEMS,
-    pickle.FROZENSET,
-    pickle.DICT,
-)
-
+_SAFETENSORS = "save it as safetensors where you trust it"
 _DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -83,26 +52,6 @@ _DAMAGE = (
     zipfile.BadZipFile,
 )
 """What an interpreter of opcodes runs into when the bytes are not what torch.save wrote."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    key: str
-    element: ElementType
-    num_elements: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    storage: _Storage
-    element: ElementType
-    storage_offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _UnknownNameError(Exception):
-    """The pickle names something that is no part of a table of tensors."""
 
 
 class _BoundedFile:
@@ -121,109 +70,12 @@ class _BoundedFile:
         return self._file.readline(MAX_HEADER_BYTES)
 
 
-class _TableReader(pickle._Unpickler):
-    """Interpret a pickle's opcodes; the pure Python base, because the C one allocates by numbers in the file.
-
-    Keys are strings: hashing tuples that share their parts takes time without end. State (BUILD) is dropped, and only
-    taken for a dict: set on anything else it would change this process. Messages show no object of the file.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in _BUILDS_OBJECTS
-    }
-
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-
-    def load_build(self) -> None:
-        self.stack.pop()
-        if type(self.stack[-1]) is not OrderedDict:
-            raise TypeError(f"state for a {type(self.stack[-1]).__name__}")
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][_text(key)] = value
-
-    def load_setitems(self) -> None:
-        items: list[Any] = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.stack[-1][_text(key)] = value
-
-    dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CALLABLES:
-            return _CALLABLES[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGE_KINDS:
-            return ELEMENT_TYPES[_STORAGE_KINDS[name]]
-        if module == "torch" and name in _BY_TORCH_NAME:
-            return _BY_TORCH_NAME[name]
-        raise _UnknownNameError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, element, key, _location, num_elements, *view = pid
-        if kind != "storage" or not isinstance(element, ElementType):
-            raise ValueError("a persistent id that is no storage")
-        if any(part is not None for part in view):
-            raise ValueError("a storage that is a view of another, as torch before 0.4 wrote them")
-        return _Storage(_text(key), element, _natural(num_elements))
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value if type(value) is int else type(value).__name__} where a size belongs")
-    return value
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise TypeError(f"a {type(value).__name__} where a name belongs")
-    return value
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_grad: Any) -> _Tensor:
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise ValueError("a tensor without a storage, or with other strides than sizes")
-    sizes, steps = tuple(map(_natural, shape)), tuple(map(_natural, strides))
-    return _Tensor(storage, storage.element, _natural(offset), sizes, steps)
-
-
-def _rebuild_typed_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_metadata: Any
-) -> _Tensor:
-    tensor = _rebuild_tensor(storage, offset, shape, strides)
-    if not isinstance(dtype, ElementType):
-        raise TypeError(f"a {type(dtype).__name__} where a dtype belongs")
-    return _Tensor(tensor.storage, dtype, tensor.storage_offset, tensor.shape, tensor.strides)
-
-
-def _rebuild_parameter(tensor: Any, *_grad: Any) -> Any:
-    return tensor
-
-
-def _ordered_dict(*arguments: Any) -> OrderedDict[Any, Any]:
-    if arguments not in ((), ([],)):
-        raise ValueError("an OrderedDict made from something")
-    return OrderedDict()
-
-
-_CALLABLES: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-}
-
-
-def read_pickled(path: Path) -> Shard:
+def read_pickled(path: Path, inner_key: str | None = None) -> Shard:
     """Read and check the table of one file written by ``torch.save``.
 
     Args:
         path: the file; only its pickles are read, no tensor's data.
+        inner_key: which dict in the pickled one is the table, see `lading.checkpoint.locate.Source`; None: that one.
 
     Raises:
         CorruptShardError: neither layout, truncated, or a tensor that leaves its storage.
@@ -233,21 +85,13 @@ def read_pickled(path: Path) -> Shard:
     with os.fdopen(descriptor, "rb") as file:
         identity = identity_of(file.fileno())
         try:
-            content, places = _read_zip(file, path) if zipfile.is_zipfile(file) else _read_legacy(file, path)
-        except _UnknownNameError as error:
-            raise CheckpointError(
-                refusal(
-                    str(path),
-                    found=f"a pickle that names {error}, which lading never runs",
-                    expected="a dict of plain tensors",
-                    way_out="save it as safetensors where you trust it",
-                )
-            ) from error
+            is_zip = os.pread(file.fileno(), 4, 0) == b"PK\x03\x04"
+            table, places = _read_zip(file, path, inner_key) if is_zip else _read_legacy(file, path, inner_key)
         except CheckpointError:
             raise
         except _DAMAGE as error:
-            _refuse(path, found=f"a damaged file ({type(error).__name__}: {error})", cause=error)
-    specs = [_spec(name, tensor, places, path, identity.num_bytes) for name, tensor in _named(content, path)]
+            _refuse(path, found=f"a damaged file ({type(error).__name__}: {error!s:.200})", cause=error)
+    specs = [_spec(name, tensor, places, path, identity.num_bytes) for name, tensor in table.items()]
     specs.sort(key=lambda spec: (spec.offset, spec.num_bytes))
     return Shard(path=path, identity=identity, tensors={spec.name: spec for spec in specs})
 
@@ -259,25 +103,42 @@ def _refuse(path: Path, *, found: str, tensor: str | None = None, cause: BaseExc
     ) from cause
 
 
-def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Give the pickled object and, for each storage key, where its bytes begin and how many they are."""
+def _read_zip(
+    file: BinaryIO, path: Path, inner_key: str | None
+) -> tuple[dict[str, TensorRecord], dict[str, tuple[int, int]]]:
+    """Give the table and, for each storage key, where its bytes begin and how many they are."""
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
             _refuse(path, found="a zip archive in which a member stands twice")
-        pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1:
-            _refuse(path, found=f"a zip archive with {len(pickles)} data.pkl")
-        top = pickles[0].removesuffix("data.pkl")
+    pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        _refuse_archive(path, list(members))
+    top = pickles[0].removesuffix("data.pkl")
+    if top + "constants.pkl" in members:
+        way_out = "save the state_dict() of what torch.jit.load gives"
+        raise CheckpointError(
+            refusal(str(path), found="TorchScript", expected="a dict of plain tensors", way_out=way_out)
+        )
     if top + "byteorder" in members and _member(file, members[top + "byteorder"], path).strip() != b"little":
         _refuse(path, found="big-endian data")
-    content = _TableReader(io.BytesIO(_member(file, members[pickles[0]], path))).load()
+    read = interpret(io.BytesIO(_member(file, members[pickles[0]], path)))
+    table = _table(read.content, read.foreign, path, inner_key)
     places = {
         name.removeprefix(top + "data/"): (_data_start(file, info, path), info.file_size)
         for name, info in members.items()
         if name.startswith(top + "data/")
     }
-    return content, places
+    return table, places
+
+
+def _refuse_archive(path: Path, members: list[str]) -> NoReturn:
+    """Refuse a zip archive that torch.save did not write."""
+    found, way_out = f"a zip archive of {name_list(members, 3) or 'nothing'}", "unpack it and name what was in it"
+    if members and all(name.endswith(".npy") for name in members):
+        found, way_out = "a NumPy archive (.npz)", NUMPY_WAY_OUT
+    expected = "what torch.save writes: one data.pkl"
+    raise CorruptShardError(refusal(str(path), found=found, expected=expected, way_out=way_out))
 
 
 def _member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> bytes:
@@ -295,44 +156,72 @@ def _data_start(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> int:
     return info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
-def _read_legacy(file: BinaryIO, path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_legacy(
+    file: BinaryIO, path: Path, inner_key: str | None
+) -> tuple[dict[str, TensorRecord], dict[str, tuple[int, int]]]:
     file.seek(0)
     bounded = _BoundedFile(file, os.fstat(file.fileno()).st_size)
-    readers = [_TableReader(bounded) for _ in range(5)]
-    if readers[0].load() != _LEGACY_MAGIC:
-        _refuse(path, found="a pickle without torch's magic number")
-    readers[1].load()
-    readers[2].load()
-    content = readers[3].load()
-    keys = readers[4].load()
-    elements = {tensor.storage.key: tensor.storage.element for _, tensor in _named(content, path)}
+    first = interpret(bounded)
+    if first.content != _LEGACY_MAGIC:
+        refused = f", which names {first.foreign[0]}" if first.foreign else ""
+        _refuse(path, found=f"a pickle without torch's magic number{refused}")
+    protocol, system, content, keys = (interpret(bounded) for _ in range(4))
+    foreign = [*protocol.foreign, *system.foreign, *content.foreign, *keys.foreign]
+    table = _table(content.content, foreign, path, inner_key)
+    storages = content.storages
     places: dict[str, tuple[int, int]] = {}
     position = file.tell()
-    for key in map(_text, keys):
+    for key in keys.content:
+        if type(key) is not str or key not in storages:  # what follows it stands nobody knows where
+            _refuse(path, found="a storage of elements whose width is not known")
         count = int.from_bytes(os.pread(file.fileno(), 8, position), "little")
-        num_bytes = count * elements[key].bits // 8
+        num_bytes = count * storages[key].element.bits // 8
         places[key] = (position + 8, num_bytes)
         position += 8 + num_bytes
-    return content, places
+    return table, places
 
 
-def _named(content: Any, path: Path) -> list[tuple[str, _Tensor]]:
-    if not isinstance(content, dict):
-        _refuse(path, found=f"a pickled {type(content).__name__}")
-    others = [key for key, value in content.items() if not isinstance(value, _Tensor)]
-    if others:
-        raise CheckpointError(
-            refusal(
-                str(path),
-                found=f"entries that are no named tensors: {name_list(others)}",
-                expected="a flat dict of tensor names to tensors",
-                way_out="save the inner state_dict alone, as safetensors or with torch.save",
-            )
-        )
-    return list(content.items())
+def _table(content: Any, foreign: Iterable[str], path: Path, inner_key: str | None) -> dict[str, TensorRecord]:
+    """Pick the dict of named tensors out of a pickled object; ``foreign`` is what the pickle names besides tensors.
+
+    Raises:
+        CorruptShardError: the object is no dict.
+        CheckpointError: a dict of other things, none under the inner key, or foreign names and no inner key.
+    """
+    tables = inner_tables(content)
+    found, way_out = "", "save the state_dict alone, as safetensors or with torch.save"
+    if tables:
+        way_out = f"pass inner_key={tables[0]!r} to lading.load_into, or --inner-key to lading inspect"
+        way_out += f"; dicts of tensors inside are {name_list(tables)}" if len(tables) > 1 else ""
+    if inner_key is not None:
+        try:
+            content = inner_table(content, inner_key)
+        except KeyError:
+            found = f"nothing under inner_key={inner_key!r}"
+    else:
+        name = next(iter(foreign), None)
+        if name is not None:
+            found, way_out = f"a pickle that names {name}, which lading never runs", way_out if tables else _SAFETENSORS
+    if not found and isinstance(content, dict):
+        others = {key: value for key, value in content.items() if not _is_named_tensor(key, value)}
+        strange = next((each.name for item in others.items() for each in item if isinstance(each, Placeholder)), None)
+        if not others:
+            return content
+        found = f"entries that are no named tensors: {name_list(key if type(key) is str else '?' for key in others)}"
+        found += f" (such as {strange}, which lading never runs)" if strange else ""
+    if not found:
+        what = content.name if isinstance(content, Placeholder) else type(content).__name__
+        _refuse(path, found=f"a pickled {what}")
+    raise CheckpointError(refusal(str(path), found=found, expected="a dict of plain tensors", way_out=way_out))
 
 
-def _spec(name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], path: Path, file_bytes: int) -> TensorSpec:
+def _is_named_tensor(key: Any, value: Any) -> bool:
+    return type(key) is str and isinstance(value, TensorRecord)
+
+
+def _spec(
+    name: str, tensor: TensorRecord, places: Mapping[str, tuple[int, int]], path: Path, file_bytes: int
+) -> TensorSpec:
     if tensor.storage.key not in places:
         _refuse(path, tensor=name, found=f"storage {tensor.storage.key!r}, which is not in the file")
     start, storage_bytes = places[tensor.storage.key]
@@ -356,6 +245,8 @@ def _spec(name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], pat
         offset=start + begin,
         num_bytes=span * item_bytes,
         strides=None if is_empty or tensor.strides == _contiguous(tensor.shape) else tensor.strides,
+        is_conj=tensor.is_conj,
+        is_neg=tensor.is_neg,
     )
 
 

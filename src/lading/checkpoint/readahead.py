@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
+from lading.checkpoint import pages
 from lading.checkpoint.catalog import Catalog
 from lading.checkpoint.mapping import ShardMapping
 from lading.checkpoint.pages import Span, populate, will_need
+from lading.errors import printable
 from lading.names import layer_order_key
 
 _LOG = logging.getLogger(__name__)
@@ -29,9 +30,12 @@ _SHARE_OF_FREE = 0.8
 
 
 def start_readahead(catalog: Catalog, mappings: Mapping[Path, ShardMapping]) -> threading.Thread:
-    """Begin reading all pages of a checkpoint in layer order; returns the running daemon thread at once."""
-    ranges = _ranges(catalog)
-    buffers = {path: weakref.ref(mapping.buffer) for path, mapping in mappings.items()}
+    """Begin reading all pages of a checkpoint in layer order; returns the running daemon thread at once.
+
+    Shards that could not be mapped are passed over: their tensors are read when they are made.
+    """
+    buffers = {path: weakref.ref(mapping.buffer) for path, mapping in mappings.items() if mapping.buffer is not None}
+    ranges = [each for each in _ranges(catalog) if each[0] in buffers]
     thread = threading.Thread(
         target=_populate_all, args=(ranges, buffers, _free_bytes()), name="lading-readahead", daemon=True
     )
@@ -63,7 +67,7 @@ def _free_bytes() -> int:
 
 
 def _populate_all(
-    ranges: list[tuple[Path, int, int]], buffers: Mapping[Path, weakref.ref[mmap.mmap]], budget_bytes: int
+    ranges: list[tuple[Path, int, int]], buffers: Mapping[Path, weakref.ref[pages.Mapping]], budget_bytes: int
 ) -> None:
     bring = populate
     for path, offset, length in ranges:
@@ -78,5 +82,5 @@ def _populate_all(
             failure = bring(Span(begin, begin + length))
         del buffer
         if failure:
-            _LOG.warning("readahead of %s stopped at byte %d: %s", path, offset, os.strerror(failure))
+            _LOG.warning("readahead of %s stopped at byte %d: %s", printable(str(path)), offset, os.strerror(failure))
             return

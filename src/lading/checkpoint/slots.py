@@ -115,7 +115,7 @@ def settle_bytes(module: nn.Module, mappings: Mapping[Path, ShardMapping], subje
                 way_out="build the module inside `with lading.empty():`, which keeps its buffers real",
             )
         )
-    spans = [(mapping.address, mapping.address + len(mapping.buffer)) for mapping in mappings.values()]
+    spans = [mapping.span for mapping in mappings.values()]
     mapped = sum(size for start, size in storages.items() if any(low <= start < high for low, high in spans))
     return mapped, sum(storages.values()) - mapped
 

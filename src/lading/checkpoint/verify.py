@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lading.checkpoint.catalog import Catalog, Shard, TensorSpec
-from lading.checkpoint.header import open_regular
+from lading.checkpoint.header import open_regular, read_at
 from lading.errors import CorruptShardError, refusal
 
 _BUFFER_BYTES = 4 << 20
@@ -30,7 +30,7 @@ class Verification:
     num_bytes: int
     """Bytes read, headers included."""
     sha256: dict[str, str]
-    """Shard file name → digest of the whole file."""
+    """Shard → digest of the whole file; named as `Catalog.name_of` does."""
     equal: tuple[tuple[str, ...], ...]
     """Groups of two or more tensors with the same dtype, shape and bytes."""
 
@@ -48,11 +48,10 @@ def verify(catalog: Catalog, on_read: Callable[[int], object] = lambda _num_byte
     groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     digests = {}
     for shard in catalog.shards:
-        digests[shard.path.name], tensors = _read_shard(shard, on_read)
+        digests[catalog.name_of(shard)], tensors = _read_shard(shard, on_read)
         for name, digest in tensors.items():
-            spec = shard.tensors[name]
-            groups[spec.element, spec.shape, spec.strides, digest].append(name)
-        _check_blob(shard, digests[shard.path.name])
+            groups[shard.tensors[name]._replace(name="", offset=0), digest].append(name)
+        _check_blob(shard, digests[catalog.name_of(shard)])
     return Verification(
         num_bytes=sum(shard.identity.num_bytes for shard in catalog.shards),
         sha256=digests,
@@ -68,7 +67,7 @@ def _read_shard(shard: Shard, on_read: Callable[[int], object]) -> tuple[str, di
     try:
         position = 0
         waiting = sorted(parts)
-        while piece := os.pread(descriptor, _BUFFER_BYTES, position):
+        while piece := read_at(descriptor, shard.path, _BUFFER_BYTES, position):
             whole.update(piece)
             _feed(parts, waiting, piece, position)
             position += len(piece)

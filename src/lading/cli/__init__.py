@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from lading.cli import capture, embed, generate, inspect, plan, search
-from lading.errors import LadingError
+from lading.errors import LadingError, printable
 
 _COMMANDS = (inspect, plan, generate, embed, search, capture)
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
     except LadingError as error:
-        print(f"lading {arguments.command}: {error}", file=sys.stderr)
+        print(f"lading {arguments.command}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"lading {arguments.command}: interrupted", file=sys.stderr)

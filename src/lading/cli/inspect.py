@@ -1,13 +1,20 @@
-"""``lading inspect``: list what a checkpoint holds, from its headers alone, without importing torch."""
+"""``lading inspect``: list what a checkpoint holds, from its headers alone, without importing torch.
+
+What can be read is listed, whatever else is wrong; then what is wrong is said, and the exit code is 1. *Faults* are
+what `lading.load` refuses; *notes* are what it warns of and gets along with, such as an index that names other tensors
+than its shards hold. Names are shown printable: what a terminal would obey in them stands there as an escape.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lading.errors import CheckpointError, printable
 from lading.units import format_bytes
 
 
@@ -18,29 +25,53 @@ def add_parser(commands: Any) -> None:
         help="list a checkpoint's tensors, dtypes, bytes, shards and ties",
         description="List a checkpoint's tensors, dtypes, bytes, shards and ties, from its headers alone.",
     )
-    parser.add_argument("path", help="a .safetensors or .bin file, a model directory, or a repo id in the hub's cache")
+    parser.add_argument(
+        "path", help="a file of safetensors or torch.save, a model directory, or a repo id in the hub's cache"
+    )
     parser.add_argument("--revision", help="branch, tag or commit, for a repo id")
     parser.add_argument("--subfolder", default="", help="folder inside the directory or repo")
     parser.add_argument("--variant", help="such as fp16, for model.fp16.safetensors")
+    parser.add_argument(
+        "--inner-key", help="key of the dict of tensors inside a training checkpoint, such as state_dict"
+    )
     parser.add_argument("--verify", action="store_true", help="read every byte once: checksums, damage, equal tensors")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from lading.checkpoint.locate import Source, open_catalog
+    from lading.checkpoint.locate import Source, survey_checkpoint
 
     source = Source(
         path_or_repo_id=arguments.path,
         revision=arguments.revision,
         subfolder=arguments.subfolder,
         variant=arguments.variant,
+        inner_key=arguments.inner_key,
     )
-    catalog = open_catalog(source)
-    verification = _verify(catalog) if arguments.verify else None
-    facts = _facts(catalog, verification)
-    print(json.dumps(facts) if arguments.json else _table(facts))
-    return 0
+    survey = survey_checkpoint(source)
+    faults = [str(fault) for fault in survey.faults]
+    verification = None
+    if arguments.verify and survey.catalog.shards:
+        try:
+            verification = _verify(survey.catalog)
+        except CheckpointError as error:
+            faults.append(str(error))
+    facts = _facts(survey.catalog, verification) if survey.catalog.shards else _nothing(arguments.path)
+    facts["notes"], facts["faults"] = list(survey.catalog.notes), faults
+    if arguments.json:
+        print(json.dumps(facts).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
+    elif survey.catalog.shards:
+        print(_table(facts))
+    for said in (*facts["notes"], *faults):
+        print(f"lading inspect: {said}", file=sys.stderr)
+    return 1 if facts["notes"] or faults else 0
+
+
+def _nothing(path: str) -> dict[str, Any]:
+    """Give the facts about a checkpoint of which nothing could be read."""
+    none: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "dtypes": {}, "shards": [], "ties": [], "tensors": []}
+    return {"directory": path, **none, "tie_word_embeddings": None}
 
 
 def _verify(catalog: Any) -> Any:
@@ -61,7 +92,7 @@ def _facts(catalog: Any, verification: Any) -> dict[str, Any]:
             "dtype": spec.element.name,
             "shape": list(spec.shape),
             "num_bytes": spec.num_bytes,
-            "shard": shard.path.name,
+            "shard": catalog.name_of(shard),
             "offset": spec.offset,
         }
         for shard in catalog.shards
@@ -71,13 +102,13 @@ def _facts(catalog: Any, verification: Any) -> dict[str, Any]:
     for tensor in tensors:
         dtype_bytes[tensor["dtype"]] += tensor["num_bytes"]
     facts: dict[str, Any] = {
-        "directory": str(catalog.shards[0].path.parent),
+        "directory": str(catalog.directory),
         "num_tensors": len(tensors),
         "num_bytes": catalog.num_bytes,
         "dtypes": dict(dtype_bytes.most_common()),
         "shards": [
             {
-                "name": shard.path.name,
+                "name": catalog.name_of(shard),
                 "file_bytes": shard.identity.num_bytes,
                 "num_tensors": len(shard.tensors),
                 "metadata": dict(shard.metadata),
@@ -85,7 +116,7 @@ def _facts(catalog: Any, verification: Any) -> dict[str, Any]:
             for shard in catalog.shards
         ],
         "ties": _ties(catalog),
-        "tie_word_embeddings": _ties_embeddings(catalog.shards[0].path.parent / "config.json"),
+        "tie_word_embeddings": _ties_embeddings(catalog.directory / "config.json"),
         "tensors": tensors,
     }
     if verification is not None:
@@ -103,10 +134,12 @@ def _ties(catalog: Any) -> list[list[str]]:
     for shard in catalog.shards:
         for spec in shard.tensors.values():
             if spec.num_bytes:
-                groups.setdefault((shard.path, spec.offset, spec.num_bytes), []).append(spec.name)
-        for alias, name in shard.aliases.items():
-            spec = shard.tensors[name]
-            groups.setdefault((shard.path, spec.offset, spec.num_bytes), []).append(alias)
+                groups.setdefault((shard.path, spec.offset, spec.num_bytes, spec.is_conj, spec.is_neg), []).append(
+                    spec.name
+                )
+    for alias, name in catalog.aliases.items():
+        shard, spec = catalog.owners[name], catalog[name]
+        groups.setdefault((shard.path, spec.offset, spec.num_bytes, spec.is_conj, spec.is_neg), []).append(alias)
     return [names for names in groups.values() if len(names) > 1]
 
 
@@ -120,13 +153,14 @@ def _ties_embeddings(config: Path) -> bool | None:
 
 
 def _table(facts: dict[str, Any]) -> str:
+    shards, tensors = facts["shards"], facts["tensors"]
     lines = [
         f"{facts['directory']}: {facts['num_tensors']} tensors, {format_bytes(facts['num_bytes'])} "
-        f"in {len(facts['shards'])} shard{'s' if len(facts['shards']) > 1 else ''}"
+        f"in {len(shards)} shard{'s' if len(shards) > 1 else ''}"
     ]
     lines += [
         f"  {shard['name']}  {shard['num_tensors']} tensors, file of {format_bytes(shard['file_bytes'])}"
-        for shard in facts["shards"]
+        for shard in shards
     ]
     lines.append("dtypes: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in facts["dtypes"].items()))
     lines.append("ties: " + ("; ".join(" = ".join(group) for group in facts["ties"]) or "none on the same bytes"))
@@ -136,11 +170,10 @@ def _table(facts: dict[str, Any]) -> str:
         lines.append(f"verified: {format_bytes(facts['verified']['num_bytes'])} read, nothing damaged")
         lines += [f"  sha256 {digest}  {name}" for name, digest in facts["verified"]["sha256"].items()]
         lines += [f"  equal bytes: {' = '.join(group)}" for group in facts["verified"]["equal"]]
-    width = max((len(tensor["name"]) for tensor in facts["tensors"]), default=0)
     lines.append("")
-    for tensor in facts["tensors"]:
+    names = [printable(tensor["name"]) for tensor in tensors]
+    width = max(map(len, names), default=0)
+    for name, tensor in zip(names, tensors, strict=True):
         shape = "×".join(map(str, tensor["shape"])) or "scalar"
-        lines.append(
-            f"{tensor['name']:<{width}}  {tensor['dtype']:<4}  {format_bytes(tensor['num_bytes']):>9}  {shape}"
-        )
-    return "\n".join(lines)
+        lines.append(f"{name:<{width}}  {tensor['dtype']:<4}  {format_bytes(tensor['num_bytes']):>9}  {shape}")
+    return "\n".join(map(printable, lines))

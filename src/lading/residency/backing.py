@@ -7,7 +7,6 @@ written once to a file without a name, which the kernel deletes with the process
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 from bisect import bisect_right
@@ -19,11 +18,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lading import compat
 from lading.checkpoint.catalog import FileIdentity
 from lading.checkpoint.header import identity_of
 from lading.checkpoint.mapping import check_unchanged
-from lading.checkpoint.pages import Span
+from lading.checkpoint.pages import Span, map_private
 from lading.errors import CorruptShardError, ResidencyError, refusal
 from lading.units import format_bytes
 
@@ -181,15 +179,17 @@ class Spill:
             os.close(descriptor)
             raise
         file = BackingFile(Path(folder or tempfile.gettempdir(), "(weights without a file)"), descriptor)
-        flags = mmap.MAP_PRIVATE | compat.MAP_NORESERVE
-        buffer = mmap.mmap(descriptor, end, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        whole = Span.of(buffer)
+        try:
+            mapping = map_private(descriptor, end)
+        except OSError as error:
+            raise _no_room(folder, end, error) from error
+        whole = Span.of(mapping)
         self.region = Region(span=whole, offset=0, file=file)
         shown: dict[int, torch.UntypedStorage] = {}
         for tensor in self._tensors:
             span = storage_span(tensor)
             if span.begin not in shown:
-                raw = torch.frombuffer(buffer, dtype=torch.uint8, count=span.num_bytes, offset=places[span.begin])
+                raw = torch.frombuffer(mapping, dtype=torch.uint8, count=span.num_bytes, offset=places[span.begin])
                 shown[span.begin] = raw.untyped_storage()
             _show(tensor, shown[span.begin])
 
@@ -217,14 +217,18 @@ def _nameless_file(folder: Path | None, num_bytes: int) -> int:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
             return os.dup(file.fileno())
     except OSError as error:
-        raise ResidencyError(
-            refusal(
-                f"offload_folder {str(folder or tempfile.gettempdir())!r}",
-                found=str(error),
-                expected=f"room for {format_bytes(num_bytes)} of weights that are in no file",
-                way_out="name another folder, or load the model with lading.load, which needs no second copy",
-            )
-        ) from error
+        raise _no_room(folder, num_bytes, error) from error
+
+
+def _no_room(folder: Path | None, num_bytes: int, error: OSError) -> ResidencyError:
+    return ResidencyError(
+        refusal(
+            f"offload_folder {str(folder or tempfile.gettempdir())!r}",
+            found=str(error),
+            expected=f"room for {format_bytes(num_bytes)} of weights that are in no file",
+            way_out="name another folder, or load the model with lading.load, which needs no second copy",
+        )
+    )
 
 
 def _write(descriptor: int, tensors: Sequence[nn.Parameter], places: dict[int, int]) -> None:
