@@ -178,7 +178,12 @@ def _stored(catalog: Catalog | None) -> dict[str, torch.Tensor]:
     """Give tensors without bytes that have a checkpoint's dtypes; float32 where there is none."""
     if catalog is None:
         return {"": torch.empty(0, dtype=torch.float32)}
-    return {spec.name: torch.empty(0, dtype=torch_dtype(spec.element), device="meta") for spec in catalog}
+    specs = [shard.tensors[name] for shard in catalog.shards for name in shard.listing]
+    return {
+        spec.name: torch.empty(0, dtype=torch_dtype(spec.element), device="meta")
+        for spec in specs
+        if spec.element.torch_name is not None
+    }
 
 
 def _contexts(cls: Any, dtype: torch.dtype, quantizer: Any) -> list[Any]:

@@ -73,6 +73,9 @@ def load_model(
         CheckpointError: names are left over and ``strict`` is ``"exact"``; or element types that cannot stand for each
             other.
     """
+    tensors = {
+        name: tensors[name] for shard in catalog.shards for name in shard.listing
+    }  # the first may tell the dtype
     with ONE_BUILD, _quiet_about_names():
         model, info, loader = _build(request, choice, catalog, tensors)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])

@@ -56,6 +56,13 @@ class Shard:
     """The file's own free text, as written by whoever saved it."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names left out of the file because they are tied: left-out name → name of the tensor in this file."""
+    is_pickled: bool = False
+    """Whether torch.save wrote it; `tensors` are in the order of the pickle then, else in that of their bytes."""
+
+    @property
+    def listing(self) -> tuple[str, ...]:
+        """List the names in the order in which the libraries of the format list them: safetensors sorts them."""
+        return tuple(self.tensors) if self.is_pickled else tuple(sorted(self.tensors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

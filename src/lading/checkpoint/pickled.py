@@ -92,8 +92,7 @@ def read_pickled(path: Path, inner_key: str | None = None) -> Shard:
         except _DAMAGE as error:
             _refuse(path, found=f"a damaged file ({type(error).__name__}: {error!s:.200})", cause=error)
     specs = [_spec(name, tensor, places, path, identity.num_bytes) for name, tensor in table.items()]
-    specs.sort(key=lambda spec: (spec.offset, spec.num_bytes))
-    return Shard(path=path, identity=identity, tensors={spec.name: spec for spec in specs})
+    return Shard(path=path, identity=identity, tensors={spec.name: spec for spec in specs}, is_pickled=True)
 
 
 def _refuse(path: Path, *, found: str, tensor: str | None = None, cause: BaseException | None = None) -> NoReturn:

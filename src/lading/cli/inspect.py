@@ -1,8 +1,8 @@
 """``lading inspect``: list what a checkpoint holds, from its headers alone, without importing torch.
 
-What can be read is listed, whatever else is wrong; then what is wrong is said, and the exit code is 1. *Faults* are
-what `lading.load` refuses; *notes* are what it warns of and gets along with, such as an index that names other tensors
-than its shards hold. Names are shown printable: what a terminal would obey in them stands there as an escape.
+What can be read is listed, whatever else is wrong; then what is wrong is said. *Faults* are what `lading.load` refuses,
+and the exit code is 1; *notes* are what it warns of and gets along with, such as an index that names other tensors than
+its shards hold. Names are shown printable: what a terminal would obey in them stands there as an escape.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(_table(facts))
     for said in (*facts["notes"], *faults):
         print(f"lading inspect: {said}", file=sys.stderr)
-    return 1 if facts["notes"] or faults else 0
+    return 1 if faults else 0
 
 
 def _nothing(path: str) -> dict[str, Any]:
