@@ -85,17 +85,17 @@ def compiling_caller() -> Callable[[], object]:
 
 
 @cache
-def major_version(distribution: str) -> int | None:
-    """Read the first number of an installed distribution's version; None when it is not installed."""
+def release(distribution: str) -> tuple[int, int] | None:
+    """Read the first two numbers of an installed distribution's version; None when it is not installed."""
     loaded = getattr(sys.modules.get(distribution), "__version__", None)
-    if isinstance(loaded, str):  # spares a millisecond of reading metadata
-        return int(loaded.split(".", 1)[0])
-    try:
-        return int(metadata.version(distribution).split(".", 1)[0])
+    try:  # what is loaded spares a millisecond of reading metadata
+        version = loaded if isinstance(loaded, str) else metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def has_transformers5() -> bool:
     """Say whether transformers 5 or later is installed: its loader has conversions and other private names."""
-    return (major_version("transformers") or 0) >= 5
+    return (release("transformers") or (0, 0)) >= (5, 0)

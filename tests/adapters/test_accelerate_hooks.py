@@ -376,3 +376,18 @@ def ties_of(model: nn.Module) -> list[list[str]]:
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
     return [group for group in names.values() if len(group) > 1]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_hook_that_accelerate_renames_is_refused_not_taken_for_no_hook(replaces):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = net()
+    add_hook_to_module(model.linear1, AlignDevicesHook(execution_device="cpu"))
+    hook = vars(model.linear1).pop("_hf_hook")
+    model.linear1._hook_of_tomorrow = hook
+    refused = (
+        r"module 'linear1': found a AlignDevicesHook of accelerate under '_hook_of_tomorrow' · expected hooks under"
+    )
+    with pytest.raises(lading.ResidencyError, match=refused):
+        lading.offload(model, {"": "cpu"}, replace_hooks=replaces)

@@ -103,7 +103,16 @@ REFUSED = r"a convoy of sequences: found .*expected a cache for each batch.*\"dy
 
 @pytest.mark.parametrize(
     "where",
-    ["argument", "given config", "own config", "own config beside one", "cache", "batch", "batch's config"],
+    [
+        "argument",
+        "given config",
+        "own config",
+        "own config beside one",
+        "cache",
+        "cache by its new name",
+        "batch",
+        "batch's config",
+    ],
 )
 def test_a_static_cache_is_refused(where):
     from transformers import DynamicCache, GenerationConfig
@@ -116,6 +125,7 @@ def test_a_static_cache_is_refused(where):
         "given config": {"generation_config": config},
         "own config beside one": {"generation_config": GenerationConfig()},
         "cache": {"past_key_values": DynamicCache()},
+        "cache by its new name": {"cache": DynamicCache()},  # since transformers 5.24
     }.get(where, {})
     more = {"batch": {"cache_implementation": "static"}, "batch's config": {"generation_config": config}}.get(where, {})
     batches = [{**prompt, **more} for prompt in prompts()]

@@ -57,3 +57,16 @@ def test_load_quantising_on_the_fly_equals_from_pretrained(plain):
     model = lading.load(plain, quantization_config=config, device_map="cpu")
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
     assert torch.equal(logits(model), logits(expected))
+
+
+def test_plan_of_layers_whose_weights_no_quantizer_takes_is_refused_not_counted_as_plain(plain, monkeypatch):
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+    config = transformers.BitsAndBytesConfig(**EIGHT_BITS)
+    assert lading.plan(plain, quantization_config=config, max_memory={"cpu": "1GiB"})
+    monkeypatch.setattr(Bnb8BitHfQuantizer, "param_needs_quantization", HfQuantizer.param_needs_quantization)
+    with pytest.raises(
+        lading.PlanError, match=r"LlamaForCausalLM: found layers of bitsandbytes, none of whose weights"
+    ):
+        lading.plan(plain, quantization_config=config, max_memory={"cpu": "1GiB"})

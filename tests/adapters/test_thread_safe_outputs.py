@@ -32,6 +32,7 @@ from torch import nn
 import lading
 from architectures import MAJOR
 from lading.adapters.transformers import thread_safe_outputs
+from lading.adapters.transformers_releases import rules
 from zoo import BY_NAME, EVERY
 
 pytestmark = MARKS
@@ -76,17 +77,39 @@ def test_flags_in_the_configuration_give_the_same(architecture):
             assert same(expected, found), settings
 
 
+POSITIONS = rules().positions
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mixtral"])
 def test_positions_of_hidden_states_leave_none_in_place_of_the_others(name):
     model, rows = llama(name), ROWS[0]
     every = states(model, rows).hidden_states
+    last = len(every) - 1
     with thread_safe_outputs(model):
         some = states(model, rows, output_hidden_states=[1, -1, 99]).hidden_states
         first = states(model, rows, output_hidden_states=-len(every)).hidden_states
-    assert [each is not None for each in some] == [index in (1, len(every) - 1) for index in range(len(every))]
-    assert torch.equal(some[-1], every[-1])
-    assert torch.equal(some[1], every[1])
-    assert [each is not None for each in first] == [True] + [False] * (len(every) - 1)
+    of_some, of_first = {
+        "any": ([1, last], [0]),
+        "states": ([1, last], [0]),
+        "layers": ([1], range(len(every))),  # counted from the first layer's output, and from the front alone
+        "flag": (range(len(every)), range(len(every))),
+    }[POSITIONS]
+    assert len(first) == len(every)
+    assert len(some) == len(every) - (POSITIONS == "layers")
+    assert [index for index, each in enumerate(some) if each is not None] == list(of_some)
+    assert [index for index, each in enumerate(first) if each is not None] == list(of_first)
+    assert same(some[-1], every[-1])
+    assert same(some[1], every[2 if POSITIONS == "layers" else 1])
+
+
+@pytest.mark.transformers5
+@pytest.mark.parametrize("value", [[0], [1, -1, 99], (1,), {0, 2}, [], 1, -1, 0], ids=str)
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_a_list_or_a_number_means_what_it_means_to_the_installed_transformers(name, value):
+    expected = states(llama(name), ROWS[0], output_hidden_states=value)
+    model = llama(name)
+    with thread_safe_outputs(model):
+        assert same(expected, states(model, ROWS[0], output_hidden_states=value))
 
 
 def test_generation_returns_the_states_of_every_step():
@@ -237,7 +260,10 @@ def test_copies_and_pickles_of_a_served_model_are_plain_models():
 @pytest.mark.parametrize("flag", [False, True, [0]])
 def test_a_model_called_inside_its_own_call_keeps_both_apart(flag):
     model, reference, found = llama(), llama(), []
-    outer, inner = (states(reference, rows).hidden_states for rows in ROWS[:2])
+    outer = states(reference, ROWS[0]).hidden_states
+    inner = states(reference, ROWS[1], output_hidden_states=flag).get("hidden_states")
+    if POSITIONS == "any" and flag == [0]:
+        inner = (inner[0], None, None)
 
     def call_again(*_):
         if not found:
@@ -247,9 +273,9 @@ def test_a_model_called_inside_its_own_call_keeps_both_apart(flag):
     with thread_safe_outputs(model):
         model.model.layers[1].register_forward_pre_hook(call_again)
         around = states(model, ROWS[0]).hidden_states
-    if MAJOR >= 5:  # transformers 4 keeps for a call whatever its layers give meanwhile
+    if rules().by_hooks:  # else transformers keeps for a call whatever its layers give meanwhile
         assert same(outer, around)
-    assert same(None if flag is False else inner if flag is True else (inner[0], None, None), found[1])
+    assert same(inner, found[1])
 
 
 # What is refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from architectures import AVAILABLE, MAJOR, ids
+from lading.adapters.transformers_caches import CACHE_NAMES
 from lading.adapters.transformers_workload import call_order, memory_terms
 from lading.errors import PlanError
 from lading.placement.workload import Workload
@@ -107,12 +109,76 @@ def test_cache_is_that_of_a_real_generation_to_the_byte(name):
 def test_cache_that_a_forward_does_not_give_is_refused_or_none():
     architecture = next(each for each in AVAILABLE if each.name == "recurrent_gemma")
     model = architecture.build()
-    if "past_key_values" in inspect.signature(model.forward).parameters:  # transformers 5: kept from its caller
+    if set(CACHE_NAMES) & set(inspect.signature(model.forward).parameters):  # transformers 5: kept from its caller
         with pytest.raises(PlanError, match="RecurrentGemmaForCausalLM: found no cache"):
             memory_terms(model, Workload(num_tokens=12))
     else:  # transformers 4: kept in the modules, and counted among the activations
         assert MAJOR == 4
         assert memory_terms(model, Workload(num_tokens=12)).kv_cache == {}
+
+
+def llama(forward=None):
+    """Build a small Llama; its forward replaced by one around its own."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODERS["llama, grouped queries"][1]))
+    if forward is not None:
+        model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
+    return model
+
+
+@dataclass
+class Renamed(transformers.utils.ModelOutput):
+    logits: torch.Tensor | None = None
+    memory: object = None
+
+
+def test_cache_that_upstream_renames_is_counted_all_the_same():
+    own = type(llama()).forward
+    name = next(each for each in CACHE_NAMES if each in inspect.signature(own).parameters)
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, memory=None, logits_to_keep=0):
+        given = {name: memory, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep}
+        output = own(self, input_ids=input_ids, use_cache=use_cache, **given)
+        return Renamed(logits=output.logits, memory=output[name])
+
+    workload = Workload(batch_size=2, num_tokens=12, new_tokens=5)
+    assert memory_terms(llama(forward), workload) == memory_terms(llama(), workload)
+
+
+def test_cache_that_a_forward_takes_by_an_older_name_goes_through_the_next_token():
+    own = type(llama()).forward
+    name = next(each for each in CACHE_NAMES if each in inspect.signature(own).parameters)
+    other = next(each for each in CACHE_NAMES if each not in inspect.signature(own).parameters)
+    body = f"""
+def forward(self, input_ids=None, attention_mask=None, {other}=None, use_cache=None, logits_to_keep=0):
+    return own(self, input_ids=input_ids, attention_mask=attention_mask, {name}={other}, use_cache=use_cache,
+               logits_to_keep=logits_to_keep)
+"""
+    defined = {"own": own}
+    exec(body, defined)
+    workload = Workload(batch_size=2, num_tokens=12, new_tokens=5)
+    assert memory_terms(llama(defined["forward"]), workload) == memory_terms(llama(), workload)
+
+
+class Sealed:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def test_cache_without_a_byte_that_can_be_seen_is_estimated_and_the_estimate_says_why():
+    own = type(llama()).forward
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, memory=None, logits_to_keep=0):
+        return Renamed(logits=own(self, input_ids=input_ids, attention_mask=attention_mask).logits, memory=Sealed(1))
+
+    terms = memory_terms(llama(forward), Workload(batch_size=2, num_tokens=12))
+    assert terms.kv_cache == memory_terms(llama(), Workload(batch_size=2, num_tokens=12)).kv_cache
+    assert terms.source["kv_cache"] == (
+        "configuration: LlamaForCausalLM: found a Sealed without a byte under 'memory' · expected tensors in its "
+        "attributes · plan with use_cache=False and leave room for the cache in max_memory"
+    )
 
 
 def test_attention_that_holds_its_scores_counts_them():

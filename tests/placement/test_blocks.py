@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from trees import Node, trees
 
-from lading.placement.blocks import Block, BlockRules, blocks_of, in_order
+import lading
+from lading.placement.blocks import Block, BlockRules, blocks_of, declared_whole, in_order
+from lading.placement.ties import declared_ties
 from models import NETS, build
 
 PLAIN = BlockRules()
@@ -568,3 +570,39 @@ def test_blocks_four_bit_linear_counts_its_whole_state(is_nested):
 
     assert quantised.weight.dtype is torch.uint8
     assert cut(nn.Sequential(quantised))["0"].weight_bytes == state + offset
+
+
+@pytest.mark.needs("bitsandbytes")
+@pytest.mark.parametrize("kind", ["8 bit", "4 bit"])
+def test_scales_that_bitsandbytes_renames_are_refused_not_counted_as_none(kind, monkeypatch):
+    import bitsandbytes
+
+    if kind == "8 bit":
+        quantised = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    else:
+        quantised = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4")
+    quantised.load_state_dict(nn.Linear(64, 32).state_dict())
+    quantised.to("cpu")
+    blocks_of(quantised, BlockRules())
+    monkeypatch.setattr("lading.placement.blocks._SCALES", ("scales_of_tomorrow",))
+    with pytest.raises(
+        lading.PlanError, match=r"a (Int8Params|Params4bit) of .* found a quantised weight without scal"
+    ):
+        blocks_of(quantised, BlockRules())
+
+
+@pytest.mark.parametrize("name", ["_tied_weights_keys", "_no_split_modules"])
+def test_a_declaration_that_transformers_renames_is_refused_not_taken_for_none(name, monkeypatch):
+    import transformers
+
+    base = type("PreTrainedModel", (nn.Module,), {"__module__": "transformers.modeling_utils"})
+    monkeypatch.setattr(base, "_tied_weights_keys", None, raising=False)
+    monkeypatch.setattr(base, "_no_split_modules", None, raising=False)
+    model = type("Model", (base,), {})()
+    assert hasattr(transformers.PreTrainedModel, name)
+    ask = declared_ties if name == "_tied_weights_keys" else declared_whole
+    assert not ask(model)
+    monkeypatch.delattr(base, name)
+    with pytest.raises(lading.PlanError, match=rf"Model: found no attribute '{name}' · expected one.*install"):
+        ask(model)
+    assert not ask(nn.Linear(2, 2))

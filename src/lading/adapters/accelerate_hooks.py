@@ -32,13 +32,36 @@ _WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 _KEPT = ("_hf_hook", "_old_forward", "forward", "hf_device_map", *_WRAPPED)
 
 
+def _hooked(model: nn.Module) -> dict[str, nn.Module]:
+    """Give the modules that accelerate hooked by their names.
+
+    Raises:
+        ResidencyError: a hook of accelerate stands under another name than those known here.
+    """
+    hooked = {name: module for name, module in model.named_modules() if "_hf_hook" in vars(module)}
+    for path, module in model.named_modules():
+        if "forward" not in vars(module) or path in hooked:
+            continue
+        for name, value in vars(module).items():
+            if type(value).__module__ == "accelerate.hooks":
+                raise ResidencyError(
+                    refusal(
+                        f"module {path!r}",
+                        found=f"a {type(value).__name__} of accelerate under {name!r}",
+                        expected="hooks under '_hf_hook', as in accelerate 1.15",
+                        way_out="remove it first: accelerate.hooks.remove_hook_from_module(module)",
+                    )
+                )
+    return hooked
+
+
 def refuse_hooked(model: nn.Module) -> None:
     """Refuse a model that accelerate hooked.
 
     Raises:
-        ResidencyError: naming the hooked modules.
+        ResidencyError: naming the hooked modules, or a hook under a name that is not known.
     """
-    hooked = [name or "(the model)" for name, module in model.named_modules() if "_hf_hook" in vars(module)]
+    hooked = [name or "(the model)" for name in _hooked(model)]
     if hooked:
         raise ResidencyError(
             refusal(
@@ -65,7 +88,7 @@ def unhooked(model: nn.Module, *, replace: bool) -> Iterator[None]:
         ResidencyError: weights that cannot be recovered, by name; hooks that do more than align devices; or a hooked
             model that is not to be changed.
     """
-    hooked = {name: module for name, module in model.named_modules() if "_hf_hook" in vars(module)}
+    hooked = _hooked(model)
     if not hooked:
         yield
         return
@@ -108,6 +131,11 @@ def _refuse_foreign(hooked: dict[str, nn.Module]) -> None:
                 )
 
 
+def _offloads(hook: Any) -> bool:
+    """Say whether a hook parks weights: a plain ModelHook does nothing."""
+    return type(hook).__name__ == "AlignDevicesHook" and bool(hook.offload)
+
+
 def _collect(hooked: dict[str, nn.Module]) -> tuple[dict[str, torch.Tensor], set[str], dict[str, str]]:
     """Find what the hooks parked on meta: values, names marked as tied, and why others were not found."""
     finder = Finder()
@@ -116,7 +144,7 @@ def _collect(hooked: dict[str, nn.Module]) -> tuple[dict[str, torch.Tensor], set
     reasons: dict[str, str] = {}
     for path, module in hooked.items():
         for hook in _hooks_of(module):
-            if not getattr(hook, "offload", False):
+            if not _offloads(hook):
                 continue
             recurse = hook.place_submodules
             for name, held in [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]:
@@ -153,7 +181,7 @@ def _load_left_out(model: nn.Module, hooked: dict[str, nn.Module]) -> None:
     loaded = []
     for path, module in hooked.items():
         for hook in _hooks_of(module):
-            if not getattr(hook, "offload", False) or hook.offload_buffers:
+            if not _offloads(hook) or hook.offload_buffers:
                 continue
             for name, held in module.named_buffers(recurse=hook.place_submodules):
                 full_name = f"{path}.{name}" if path else name

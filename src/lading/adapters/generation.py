@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from lading.adapters.tokenizer import open_tokenizer
+from lading.adapters.transformers_caches import CACHE_NAMES
 from lading.errors import CheckpointError, ResidencyError, refusal
 
 
@@ -132,8 +134,12 @@ def refuse_static_cache(model: Any, arguments: Mapping[str, Any], *, is_for_all:
     given = getattr(arguments.get("generation_config"), "cache_implementation", None)
     kind = arguments.get("cache_implementation") or given or own
     found = f"cache_implementation={kind!r}" if kind not in _OWN_CACHES else None
-    if is_for_all and arguments.get("past_key_values") is not None:
-        found = "past_key_values for all batches"
+    names = () if model is None else CACHE_NAMES
+    shared = [
+        name for name, each in arguments.items() if isinstance(each, Cache) or (name in names and each is not None)
+    ]
+    if is_for_all and shared:
+        found = f"{shared[0]} for all batches"
     if found is not None:
         raise ResidencyError(
             refusal(

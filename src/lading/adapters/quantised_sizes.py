@@ -108,7 +108,19 @@ def quantised_bytes(model: nn.Module, quantizer: Any, find_catalog: Callable[[],
             )
         )
     weights = [(name, tensor) for name, tensor, _ in tensors_of_model(model)]
-    return {name: _made_bytes(weight) for name, weight in weights if quantizer.param_needs_quantization(model, name)}
+    sizes = {name: _made_bytes(weight) for name, weight in weights if quantizer.param_needs_quantization(model, name)}
+    layers = [name for name, part in model.named_modules() if type(part).__module__.startswith("bitsandbytes.")]
+    if layers and not sizes:
+        raise PlanError(
+            refusal(
+                type(model).__name__,
+                found=f"layers of bitsandbytes, none of whose weights {type(quantizer).__name__} quantises: "
+                f"{name_list(layers)}",
+                expected="a quantised weight in each",
+                way_out="load the model and plan the module",
+            )
+        )
+    return sizes
 
 
 def _made_bytes(weight: Any) -> int:

@@ -189,8 +189,9 @@ def _stored(catalog: Catalog | None) -> dict[str, torch.Tensor]:
 def _contexts(cls: Any, dtype: torch.dtype, quantizer: Any) -> list[Any]:
     """Make what transformers builds in: no initialisation, parameters on meta, the dtype."""
     if has_transformers5():
-        contexts: list[Any] = cls.get_init_context(dtype, quantizer is not None, False, None)
-        return contexts
+        from lading.adapters import transformers5_names
+
+        return transformers5_names.init_contexts(cls, dtype, is_quantized=quantizer is not None)
     return [default_dtype(dtype), *cls.get_init_context(quantizer is not None, False)]
 
 
@@ -238,7 +239,9 @@ def _kept_in_float32(model: nn.Module, dtype: torch.dtype, quantizer: Any) -> re
     if part is None:
         return None
     if has_transformers5():
-        patterns = [name.replace("*", ".*") for name in part._get_dtype_plan(dtype)]
+        from lading.adapters import transformers5_names
+
+        patterns = [name.replace("*", ".*") for name in transformers5_names.dtype_plan(part, dtype)]
     else:
         names = list(part._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else []
         if dtype == torch.float16 or getattr(quantizer, "use_keep_in_fp32_modules", False):

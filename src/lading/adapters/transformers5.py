@@ -6,9 +6,9 @@ is the model's own. It builds, initialises, ties and finishes with transformers'
 the one that ``from_pretrained`` gives. Anything else (conversions, casts, quantizers, keep-in-fp32 plans, devices)
 returns None, and the caller takes the public path.
 
-Private names of transformers used here, all checked when called: ``get_init_context``, ``_get_dtype``,
+Private names of transformers used here, all checked by `transformers5_names`: ``get_init_context``, ``_get_dtype``,
 ``_get_dtype_plan``, ``_finalize_model_loading``, ``LoadStateDictConfig``, ``LoadStateDictInfo``,
-``patch_output_recorders`` and the table of ``conversion_mapping`` (transformers 5.23).
+``patch_output_recorders`` and the table of ``conversion_mapping`` (transformers 5.16 to 5.24).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.utils import ContextManagers
 
 from lading.adapters.model_choice import ModelChoice
 from lading.adapters.model_request import ModelRequest, load_generation_config
+from lading.adapters.transformers5_names import missing_names
 from lading.checkpoint.empty import MetaWithoutInits
 from lading.checkpoint.slots import Slot
 
@@ -49,7 +50,7 @@ def load_directly(
     Returns:
         The model and a loading info like ``from_pretrained``'s.
     """
-    if not _is_plain(request, choice):
+    if missing_names() or not _is_plain(request, choice):
         return None
     cls, config = choice.model_class, copy.deepcopy(choice.config)  # the model's own from here on
     config, dtype = modeling_utils._get_dtype(request.dtype or "auto", None, config, None, dict(tensors), True, None)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lading.adapters.transformers_recorder import BY_HOOKS, CODES, Task, asked, declared, is_joint, selected
+from lading.adapters.transformers_recorder import BY_HOOKS, CODES, RECORDING, Task, asked, declared, is_joint
+from lading.adapters.transformers_releases import Selection
 from lading.adapters.transformers_sites import ends_with_own_output
 from lading.errors import CaptureError, name_list, refusal
 
@@ -58,12 +59,12 @@ class Flag:
 class Record:
     """What one call of one model collects. One thread, but for ``strays``."""
 
-    def __init__(self, owner: Owner, keys: Iterable[str], selected: set[int] | None, *, as_tuple: bool) -> None:
+    def __init__(self, owner: Owner, keys: Iterable[str], selection: Selection | None, *, as_tuple: bool) -> None:
         self.owner = owner
         self.keys = frozenset(keys)
         self.kept: dict[str, list[Any]] = {key: [] for key in keys} if BY_HOOKS else {}
         """In the order of the output's entries; of transformers 4's, only those of which anything was seen."""
-        self.selected = selected
+        self.selection = selection
         self.as_tuple = as_tuple
         self.task_id = torch._C._current_graph_task_id()
         """The backward that the call is part of: another one that runs layers again is not recorded."""
@@ -72,14 +73,14 @@ class Record:
 
     def begin(self, key: str, args: tuple[Any, ...]) -> None:
         """Keep the first layer's input."""
-        if not self.kept.get(key):
+        if not self.kept.get(key) and (self.selection is None or self.selection.counts_input):
             self.append(key, args[0])
 
     def append(self, key: str, value: Any) -> None:
         """Keep what one module gave."""
         kept = self.kept.setdefault(key, [])
-        is_left_out = key == "hidden_states" and self.selected is not None and len(kept) not in self.selected
-        kept.append(None if is_left_out else value)
+        chosen = self.selection.positions if self.selection is not None and key == "hidden_states" else None
+        kept.append(value if chosen is None or len(kept) in chosen else None)
 
     def fill(self, output: Any) -> Any:
         """Put everything into the model's output, and let go of it: what is checkpointed keeps the call's flags."""
@@ -156,8 +157,8 @@ class Owner:
         if return_dict is None and not BY_HOOKS:
             return_dict = default
         count = 1 + sum(key == "hidden_states" for tasks in self.sites.values() for key, _, _ in tasks)
-        positions = selected(self.model, wanted.get("hidden_states"), count)
-        record = Record(self, wanted, positions, as_tuple=return_dict is False)
+        selection = RECORDING.select(self.model, wanted.get("hidden_states"), count)
+        record = Record(self, wanted, selection, as_tuple=return_dict is False)
         given["return_dict"] = True
         for name in {"output_attentions", *(f"output_{key}" for key in declared(self.model))}:
             value = given.get(name, _ABSENT)

@@ -1,8 +1,8 @@
 """Make transformers' own output flags right in every thread, where its recorder would mix threads up or lose states.
 
 Models of transformers that collect in their own ``forward`` need nothing. Those whose ``forward`` is decorated leave it
-to a recorder: in transformers 4 it replaces the layers' ``forward`` during each call, for all threads at once; in
-transformers 5 its hooks ask whether the process is compiling, and then share one variable. Here hooks at the same
+to a recorder: before transformers 5.2 it replaces the layers' ``forward`` during each call, for all threads at once;
+since then its hooks ask whether the process is compiling, and then share one variable. Here hooks at the same
 modules record for the call that the current context is inside of, after the same rules, and the recorder is told that
 nothing was asked.
 
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lading.adapters.transformers_calls import CALLS, Flag, Owner, Record, records, unwrapped
-from lading.adapters.transformers_recorder import BY_HOOKS, Task, find_recorder, own_sites
+from lading.adapters.transformers_recorder import BY_HOOKS, Task, find_recorder, own_sites, require_known_recorder
 from lading.errors import CaptureError, name_list, refusal
 from lading.recording.compiled import is_compiled
 
@@ -125,6 +125,8 @@ class FlagHandle:
             for key, (each, recorder) in found.items()
             if recorder is not None
         }
+        if not owners:
+            require_known_recorder()
         below = {key: {id(each): each for each in _parts(owner.model)} for key, owner in owners.items()}
         shared: dict[int, list[Task]] = {}
         tables = {key: shared if BY_HOOKS else {} for key in owners}
@@ -229,13 +231,15 @@ def thread_safe_outputs(model: nn.Module) -> FlagHandle:
     ``output_hidden_states``, ``output_attentions``, ``output_router_logits`` and whatever else the architecture
     declares, as arguments or in the configuration, give what transformers gives to one thread alone: same types, same
     entries, with ``return_dict=False``, under ``generate``, gradient checkpointing and `lading.offload` too. Without it
-    transformers 4.57 mixes threads up and leaves layers patched that hold tensors
-    (https://github.com/huggingface/transformers/issues/42673), and transformers 5.23 loses states silently while any
-    other thread compiles anything.
+    transformers before 5.2 mixes threads up and leaves layers patched that hold tensors
+    (https://github.com/huggingface/transformers/issues/42673), and later ones lose states silently while any other
+    thread compiles anything.
 
     ``output_hidden_states`` may be a position or a list of positions among all hidden states, negative ones from the
-    end: the others are None. That is the meaning of transformers 5.23, given here to transformers 4 too. Models that
-    collect in their own ``forward`` are right as they are, are left alone, and take a list for True.
+    end: the others are None. That is the meaning since transformers 5.23, given here to transformers 4 too. Between
+    them each release keeps its own: a number is True before 5.23; a list is True before 5.17, and from there to 5.22
+    selects among what layers give, without the first layer's input and without negative positions. Models that collect
+    in their own ``forward`` are right as they are, are left alone, and take a list for True.
 
     Args:
         model: a transformers model, or a module around some. One that needs nothing gets no hooks.
@@ -244,7 +248,8 @@ def thread_safe_outputs(model: nn.Module) -> FlagHandle:
         A context manager. After its `FlagHandle.close` no hook, attribute or replaced method remains.
 
     Raises:
-        CaptureError: no transformers model, compiled modules, or a model that has a handle. From a call of the model:
+        CaptureError: no transformers model, compiled modules, or a model that has a handle; a recorder of outputs in a
+            form that is not known here, or one that knows nothing of what a model declares. From a call of the model:
             modules compiled meanwhile, layers that another thread ran for it, a flag in the configuration of a model
             whose forward takes none.
 

@@ -1,9 +1,8 @@
 """Read what transformers' recorders of outputs go by: what was asked for, and which modules give it.
 
-The recorder is the decorator around a model's ``forward``: in transformers 4 it replaces layers' ``forward`` for the
-time of a call, in transformers 5 it hooks them. Both read the flags from the call's arguments, else from the
-configuration, and the modules from ``_can_record_outputs``, each by rules of its own. Those rules stand here, and what
-follows from them in `transformers_flags`. Registers nothing.
+The recorder is the decorator around a model's ``forward``. It reads the flags from the call's arguments, else from the
+configuration, and the modules from ``_can_record_outputs``, each release by rules of its own: `transformers_releases`
+tells them. What follows for one model stands here, and for its calls in `transformers_flags`. Registers nothing.
 """
 
 from __future__ import annotations
@@ -13,45 +12,62 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import generic
 
+from lading.adapters.transformers_releases import find_recording
 from lading.adapters.transformers_sites import is_meant
+from lading.errors import CaptureError, refusal
 
-try:
-    from transformers.utils import output_capturing
-except ImportError:  # transformers 4, and the first releases of 5
-    output_capturing = None
-
-BY_HOOKS = output_capturing is not None
+RECORDING = find_recording()
+BY_HOOKS = RECORDING.rules.by_hooks
 """Whether the recorder hooks layers, with the innermost model's call alone recording; else it replaces forwards."""
 Task = tuple[str, int, bool]
 """A key of the output, the element that a module gives for it, and whether its first input comes before."""
 Specs = list[tuple[str, Any]]
 """Keys and one declaration of modules for each: a class, the end of a path, or a description."""
 
-_DECORATED = (output_capturing.capture_outputs if BY_HOOKS else generic.check_model_inputs)()(lambda self: None)
-CODES: frozenset[CodeType] = frozenset(
-    {_DECORATED.__code__, *(each for each in _DECORATED.__code__.co_consts if isinstance(each, CodeType))}
-)
+_CODE: CodeType = RECORDING.decorated.__code__
+CODES: frozenset[CodeType] = frozenset({_CODE, *(each for each in _CODE.co_consts if isinstance(each, CodeType))})
 """The code that asks flags whether they are on: all that it decorates have it in common."""
 _COMPUTED = ("eager", "eager_paged", "flex_attention")
 """The implementations of attention that give weights, for the recorder that warns of the others."""
+_DECORATED = "LlamaModel"
+"""A model whose forward every known release decorates."""
 
 
 def find_recorder(function: Any) -> Any:
     """Give the recorder among the decorators of a function; None where it is not there."""
-    while function is not None and getattr(function, "__code__", None) is not _DECORATED.__code__:
+    while function is not None and getattr(function, "__code__", None) is not _CODE:
         function = getattr(function, "__wrapped__", None)
     return function
 
 
+def require_known_recorder() -> None:
+    """Make sure that a model without a recorder is one that collects by itself, not one whose recorder is unknown.
+
+    Raises:
+        CaptureError: transformers decorates its own models with something else.
+    """
+    if find_recorder(getattr(transformers, _DECORATED).forward) is None:
+        raise CaptureError(
+            refusal(
+                f"{_DECORATED}.forward in transformers {transformers.__version__}",
+                found="no recorder of outputs that is known here",
+                expected=f"{RECORDING.decorated.__qualname__.split('.')[0]} around it",
+                way_out="install a transformers that lading's docs/versions.md lists, or use lading.capture",
+            )
+        )
+
+
 def declared(model: nn.Module) -> dict[str, Any]:
-    """Give what a model declares: keys of its output, and what modules give them."""
-    registry = output_capturing._CAN_RECORD_REGISTRY if BY_HOOKS else generic._CAN_RECORD_REGISTRY
-    found: dict[str, Any] = registry.get(model if BY_HOOKS else str(type(model))) or {}
-    return found
+    """Give what a model declares: keys of its output, and what modules give them.
+
+    Raises:
+        CaptureError: the recorder knows nothing of what its class declares.
+    """
+    return RECORDING.declared(model)
 
 
 def asked(model: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +79,7 @@ def asked(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     with_attentions = ("cross_attentions", "mask_decoder_attentions") if BY_HOOKS else ("cross_attentions",)
     if BY_HOOKS or "attentions" in found:
         found |= {key: attentions for key in with_attentions if key in found}
-    if not BY_HOOKS and found.get("attentions"):
+    if RECORDING.rules.warns_of_attentions and found.get("attentions"):
         _warn_of_attentions(config)
     return {key: value for key, value in found.items() if value}
 
@@ -80,27 +96,10 @@ def _warn_of_attentions(config: Any) -> None:
         )
 
 
-def selected(model: nn.Module, value: Any, count: int) -> set[int] | None:
-    """Give the positions of the hidden states that are wanted; None for all of them.
-
-    Args:
-        model: whose.
-        value: of the flag.
-        count: of the states, for the recorder that knows no positions.
-    """
-    if value is None or isinstance(value, bool):
-        return None
-    listed = [value] if isinstance(value, int) else list(value)
-    if BY_HOOKS:  # before 5.23 a list means True there
-        find = getattr(output_capturing, "resolve_hidden_states_indices", None)
-        return None if find is None else set(find(model, listed))
-    return {each % count for each in listed if -count <= each < count}
-
-
 def is_joint(model: nn.Module, key: str) -> bool:
-    """Say whether each second entry of one key belongs to another: transformers 4's cross-attentions."""
+    """Say whether each second entry of one key belongs to another: the cross-attentions of older releases."""
     found = declared(model).get(key)
-    return not BY_HOOKS and key == "attentions" and isinstance(found, list) and len(found) == 2
+    return RECORDING.rules.joins_attentions and key == "attentions" and isinstance(found, list) and len(found) == 2
 
 
 def own_sites(model: nn.Module) -> Iterator[tuple[nn.Module, list[Task]]]:

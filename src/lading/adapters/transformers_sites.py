@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lading.adapters.transformers_releases import rules
 from lading.errors import CaptureError, name_list, refusal
 from lading.recording.groups import Group
 from lading.recording.sites import Site
@@ -147,12 +148,14 @@ def is_meant(declared: Any, path: str, module: nn.Module) -> bool:
     suffix = getattr(declared, "class_name", None) or (declared if isinstance(declared, str) else None)
     part = getattr(declared, "layer_name", None)
     is_one = (isinstance(target, type) and isinstance(module, target)) or (suffix is not None and path.endswith(suffix))
-    return is_one and (part is None or f".{part.strip('.')}." in f".{path}.")
+    if part is None or not is_one:
+        return is_one
+    return f".{part.strip('.')}." in f".{path}." if rules().matches_whole_parts else part in path
 
 
 def ends_with_own_output(owner: nn.Module) -> bool:
     """Say whether the last hidden state is the model's output: what its configuration, else its decorator says."""
-    said = getattr(owner.config, "tie_last_hidden_states", None)
+    said = getattr(owner.config, "tie_last_hidden_states", None) if rules().heeds_tie_in_config else None
     forward: Any = type(owner).forward
     while said is None and forward is not None:  # decorators around it
         said = inspect.getclosurevars(forward).nonlocals.get("tie_last_hidden_states")

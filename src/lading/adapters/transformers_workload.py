@@ -22,14 +22,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from lading.errors import PlanError, refusal
+from lading.adapters.transformers_caches import CACHE_NAMES, as_arguments, caches_in, is_recurrent, tensors_in
+from lading.errors import PlanError, name_list, refusal
 from lading.placement.trace import Allocation, Trace, Tracer, tracing
 from lading.placement.workload import MemoryTerms, Workload
-
-_CACHES = ("past_key_values", "cache_params", "state")
-"""The names under which models take and give what they keep between tokens."""
 
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
 """The name of a layer, at the head of the names inside it."""
@@ -88,11 +86,12 @@ class _Phase:
 
 
 def _traced(model: Any, workload: Workload) -> MemoryTerms:
-    is_cached, has_text = _keeps_cache(model, workload), model.main_input_name == "input_ids"
+    has_text = model.main_input_name == "input_ids"
     rows, num_tokens, new_tokens = workload.batch_size, workload.num_tokens, workload.new_tokens
     prompt = 1 if new_tokens and model.config.is_encoder_decoder and has_text else num_tokens  # what is continued
-    options = {"use_cache": is_cached, **({"logits_to_keep": 1} if new_tokens else {})}
     with tracing(model) as tracer:
+        is_cached = _keeps_cache(model, workload, tracer)
+        options = {"use_cache": is_cached, **({"logits_to_keep": 1} if new_tokens else {})}
         encoded = _encoded(tracer.module) if is_cached and new_tokens else {}
 
         def prefill(length: int) -> Trace:
@@ -103,7 +102,7 @@ def _traced(model: Any, workload: Workload) -> MemoryTerms:
         if is_cached and new_tokens:
             output = prefill(prompt + new_tokens - 1).output
             step = _next_token(model, output, rows, num_tokens, prompt + new_tokens) | encoded
-            old = tracer.allocations(_tensors(_given(output, _CACHES)))
+            old = tracer.allocations(tensors_in(caches_in(output)))
             del output
             phases.append(_phase(tracer, _forward(tracer, {**step, **options}, is_cached), new_tokens, old))
             del step
@@ -133,38 +132,58 @@ def _encoded(model: Any) -> dict[str, Any]:
 def _forward(tracer: Tracer, inputs: dict[str, Any], is_cached: bool) -> Trace:
     """Run a forward; where it keeps no cache unless generation made one, with that."""
     trace = tracer.forward(**_accepted(tracer.module, inputs))
-    if is_cached and next(_tensors(_given(trace.output, _CACHES)), None) is None:
+    if is_cached and not caches_in(trace.output):
         model: Any = tracer.module
         made: dict[str, Any] = model.prepare_inputs_for_generation(**inputs)
         trace = tracer.forward(**_accepted(model, made))
-        if next(_tensors(_given(trace.output, _CACHES)), None) is None:
-            raise PlanError(
-                refusal(
-                    type(model).__name__,
-                    found="no cache in what its forward gives",
-                    expected=f"one under {' or '.join(_CACHES)}",
-                    way_out="plan with use_cache=False and leave room for the cache in max_memory",
-                )
-            )
+        if not caches_in(trace.output):
+            raise _no_cache(model, "no cache in what its forward gives", f"one under {' or '.join(CACHE_NAMES)}")
     return trace
+
+
+def _no_cache(model: Any, found: str, expected: str) -> PlanError:
+    return PlanError(
+        refusal(
+            type(model).__name__,
+            found=found,
+            expected=expected,
+            way_out="plan with use_cache=False and leave room for the cache in max_memory",
+        )
+    )
 
 
 def _phase(
     tracer: Tracer, trace: Trace, new_tokens: int, old: Mapping[Allocation, torch.dtype] | None = None
 ) -> _Phase:
-    scores = list(_tensors(_given(trace.output, ("logits",))))[:1]
+    scores = list(tensors_in(_given(trace.output, "logits")))[:1]
+    caches = caches_in(trace.output)
+    cache = tracer.allocations(tensors_in(caches))
+    if caches and not sum(allocation.num_bytes for allocation in cache):
+        found = " and ".join(f"a {type(each).__name__} without a byte under {name!r}" for name, each in caches.items())
+        raise _no_cache(tracer.module, found, "tensors in its attributes")
     return _Phase(
         trace=replace(trace, output=None),
         old=old or {},
-        cache=tracer.allocations(_tensors(_given(trace.output, _CACHES))),
+        cache=cache,
         logits=tracer.allocations(scores),
         copied_bytes=sum(score[:, -1].numel() * 4 for score in scores) if new_tokens else 0,
     )
 
 
-def _keeps_cache(model: Any, workload: Workload) -> bool:
+def _keeps_cache(model: Any, workload: Workload, tracer: Tracer | None = None) -> bool:
+    """Say whether forwards keep a cache: they take one and are told to, else a short one gives one.
+
+    Without a tracer whatever is wanted counts as kept: that is an estimate from above.
+    """
     wanted = model.can_generate() if workload.use_cache is None else workload.use_cache
-    return bool(wanted) and any(name in inspect.signature(model.forward).parameters for name in _CACHES)
+    if not wanted:
+        return False
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    is_told = any("use_cache" in inspect.signature(part.forward).parameters for part in models)
+    if is_told and any(name in inspect.signature(model.forward).parameters for name in CACHE_NAMES):
+        return True
+    inputs = {**_inputs(model, 1, 8, 8), "use_cache": True}
+    return tracer is None or bool(caches_in(tracer.forward(**_accepted(model, inputs)).output))
 
 
 def _accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,19 +191,8 @@ def _accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in known}
 
 
-def _given(output: Any, names: tuple[str, ...]) -> Any:
-    return next((output[name] for name in names if isinstance(output, dict) and output.get(name) is not None), None)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor inside nested containers and the caches of transformers."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
-    elif type(value).__module__.startswith("transformers.") and not isinstance(value, (nn.Module, PretrainedConfig)):
-        yield from _tensors(getattr(value, "__dict__", None))
+def _given(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, dict) else None
 
 
 def _settings(config: Any) -> Iterator[Any]:
@@ -284,15 +292,18 @@ def _signal(model: Any, name: str, rows: int, num_tokens: int) -> torch.Tensor:
 
 def _next_token(model: Any, output: Any, rows: int, num_tokens: int, length: int) -> dict[str, Any]:
     """Make the inputs of the step that brings the decoder to ``length`` tokens."""
-    is_seq2seq = model.config.is_encoder_decoder
+    is_seq2seq, found = model.config.is_encoder_decoder, caches_in(output)
+    caches = as_arguments(found, inspect.signature(model.forward).parameters)
+    if caches is None:
+        raise _no_cache(model, f"a cache under {name_list(found)}", "a forward that takes what it gives")
     mask = torch.ones(rows, num_tokens if is_seq2seq else length, dtype=torch.long)
     mask[1:, 0] = 0
     step = {
         **(_decoder_inputs(model, rows, 1) if is_seq2seq else {"input_ids": _ids(model.config, rows, 1)}),
         "cache_position": torch.arange(length - 1, length),
-        **{name: _given(output, (name,)) for name in _CACHES},
+        **caches,
     }
-    if model.main_input_name == "input_ids" and step["cache_params"] is None:  # Mamba's own cache takes no mask
+    if model.main_input_name == "input_ids" and not any(is_recurrent(*each) for each in found.items()):
         step["attention_mask"] = mask
     return step
 

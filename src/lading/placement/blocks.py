@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lading.placement.ties import declared_ties, input_embedding
+from lading.errors import PlanError, name_list, refusal
+from lading.placement.ties import declaration, declared_ties, input_embedding
 
 _USES_ITS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _PLAIN = (nn.Parameter, torch.Tensor)
+_SCALES = ("SCB", "quant_state", "state2")
+"""Under which names a weight of bitsandbytes, or the state of one, keeps its scales."""
 _CASTABLE = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128))
 
 
@@ -92,7 +95,7 @@ def declared_whole(module: nn.Module) -> frozenset[str]:
 
     def collect(part: nn.Module) -> None:
         if type(part).__name__ not in names:
-            names.update(vars(part).get("_no_split_modules") or getattr(type(part), "_no_split_modules", None) or ())
+            names.update(declaration(part, "_no_split_modules") or ())
             for child in part._modules.values():
                 if child is not None:
                     collect(child)
@@ -288,13 +291,27 @@ def state_bytes(weight: torch.Tensor, module: nn.Module) -> int:
     """Count what bitsandbytes keeps beside a quantised weight: row scales (``SCB``), or 4-bit scales, nested once.
 
     The first forward of a ``Linear8bitLt`` moves the scales from the weight to the module's own ``state``.
+
+    Raises:
+        PlanError: a weight that bitsandbytes quantised, and no scales.
     """
-    return _scale_bytes(weight) or _scale_bytes(vars(module).get("state"))
+    size = _scale_bytes(weight) or _scale_bytes(vars(module).get("state"))
+    is_quantised = type(weight).__module__.startswith("bitsandbytes.") and weight.dtype in (torch.int8, torch.uint8)
+    if size or not is_quantised or weight.is_meta:
+        return size
+    raise PlanError(
+        refusal(
+            f"a {type(weight).__name__} of {list(weight.shape)} in a {type(module).__name__}",
+            found="a quantised weight without scales",
+            expected=f"scales under one of {name_list(_SCALES)}",
+            way_out="plan with the bitsandbytes of lading's requirements/constraints-t5.txt",
+        )
+    )
 
 
 def _scale_bytes(holder: Any) -> int:
     total = 0
-    for name in ("SCB", "quant_state", "state2"):
+    for name in _SCALES:
         state = getattr(holder, "__dict__", {}).get(name)  # a 4-bit weight answers for the attributes of its state too
         if isinstance(state, torch.Tensor):
             total += state.nbytes

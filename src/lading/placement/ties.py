@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lading.errors import PlanError, refusal
+
 
 def declared_ties(module: nn.Module) -> dict[int, torch.Tensor]:
     """Map the id of each tensor that is declared to be another one to that one. Changes nothing."""
@@ -32,12 +34,36 @@ def declared_ties(module: nn.Module) -> dict[int, torch.Tensor]:
     return {target_id: source for target_id, source in ties.items() if target_id != id(source)}
 
 
+def declaration(module: nn.Module, name: str) -> Any:
+    """Give what a module declares under a private name of transformers; None for nothing.
+
+    Raises:
+        PlanError: a model of transformers has no such attribute. All of them have it, if only to say None, so it was
+            renamed, and "nothing declared" would be a wrong plan.
+    """
+    found = vars(module).get(name) or getattr(type(module), name, None)
+    if found or hasattr(module, name) or not any(_is_base_of_models(kind) for kind in type(module).__mro__):
+        return found
+    raise PlanError(
+        refusal(
+            type(module).__name__,
+            found=f"no attribute {name!r}",
+            expected="one, as in every release of transformers that lading's docs/versions.md lists",
+            way_out="install one of those releases",
+        )
+    )
+
+
+def _is_base_of_models(kind: type) -> bool:
+    return kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+
+
 def _pairs(module: nn.Module) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
     expanded = getattr(module, "all_tied_weights_keys", None)
     if isinstance(expanded, Mapping):
         yield from ((find_tensor(module, target), find_tensor(module, source)) for target, source in expanded.items())
         return
-    declared = getattr(module, "_tied_weights_keys", None)
+    declared = declaration(module, "_tied_weights_keys")
     if not declared or not _ties_are_wanted(module):
         return
     if isinstance(declared, Mapping):
