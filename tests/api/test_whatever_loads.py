@@ -362,6 +362,8 @@ def test_load_with_empty_or_idle_arguments_loads_and_with_others_says_what_to_do
     for name, value in {"state_dict": {"a": 1}, "gguf_file": "x.gguf", "force_download": True}.items():
         with pytest.raises(TypeError, match=rf"found {name}= · expected a model's own files · \w+"):
             lading.load(llama, **{name: value})
+    with pytest.raises(TypeError, match="config: found 3 · expected a transformers configuration, or the path of one"):
+        lading.load(llama, config=3)
     with pytest.raises(TypeError, match="LlamaForCausalLM: found the arguments 'no_such' · expected arguments of"):
         lading.load(llama, no_such=1)
     with pytest.raises(TypeError, match=r"found the arguments 'use_cache'.* a config= that is given takes no others"):
@@ -471,6 +473,9 @@ def test_load_to_a_device_that_is_not_here_is_refused_by_name(llama):
             lading.load(llama, device_map=device)
     with pytest.raises(PlanError, match=r"device_map='nonsense'"):
         lading.load(llama, device_map="nonsense")
+    for odd in ([1], {"": 7.5}, 7.5):
+        with pytest.raises(PlanError, match=r"device_map: found a (list|float) · expected devices such as"):
+            lading.load(llama, device_map=odd)
 
 
 def test_load_with_max_memory_beside_one_device_is_refused(llama):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import transformers
@@ -160,6 +161,9 @@ def _concrete(asked: type | str | None) -> Any:
 def _read(request: ModelRequest, reader: Any, cls: Any, others: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Read the configuration; also give the arguments that it has no attribute for."""
     given = request.model_kwargs.get("config")
+    if not isinstance(given, (str, os.PathLike, NoneType)):
+        expected = "a transformers configuration, or the path of one"
+        raise TypeError(refusal("config", found=repr(given)[:60], expected=expected, way_out="leave it out"))
     place = request.directory_or_repo_id if given is None else os.fspath(given)
     if reader is None:
         raise CheckpointError(

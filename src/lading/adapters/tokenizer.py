@@ -6,6 +6,7 @@ transformers asks on standard input, and a corpus that is piped in would answer.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -30,6 +31,9 @@ def open_tokenizer(directory_or_repo_id: str, *, trust_remote_code: bool, **hub:
         if not trust_remote_code and "trust_remote_code=True" in str(error):
             found, expected = "a tokenizer that is the folder's own Python code (auto_map)", "one that transformers has"
             way_out = "pass trust_remote_code=True (--trust-remote-code) if you trust it"
+        elif not Path(directory_or_repo_id).exists():
+            found, expected = "no directory of that name, and no tokenizer in the hub's cache or on the hub", "one"
+            way_out = "check the name, download the model, or unset HF_HUB_OFFLINE"
         else:
             found, expected = f"no tokenizer that transformers can load ({error})", "one beside the weights"
             way_out = "pass a tokenizer, or save the model's there: tokenizer.save_pretrained"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
@@ -101,9 +102,15 @@ def one_device(device_map: Any) -> dict[str, Any] | None:
     """Name the one device that a device map gives to the whole model; None for the CPU, or where there are several.
 
     Raises:
-        PlanError: that device is not here, or no place for weights.
+        PlanError: that device is not here, no place for weights, or nothing that names a device.
     """
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    listed = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    odd = [each for each in listed if not isinstance(each, (str, int, torch.device, NoneType))]
+    if odd:
+        expected = "devices such as 0, 'cuda:0', 'cpu' and 'disk', or a map of module names to such"
+        found = f"a {type(odd[0]).__name__}"
+        raise PlanError(refusal("device_map", found=found, expected=expected, way_out='pass "cpu", or leave it out'))
+    devices = set(listed)
     if len(devices) != 1:
         return None
     (device,) = devices
