@@ -138,3 +138,10 @@ def test_load_of_an_adapter_without_peft_is_refused_and_names_it(folders, place,
     for call in (lading.load, lambda path: lading.plan(path, {"cpu": "1GiB"})):
         with pytest.raises(MissingExtraError, match=r'found an adapter, and no package peft .* "lading\[peft\]"'):
             call(folders / place)
+
+
+def test_plan_of_a_configuration_looks_for_no_adapter_where_it_stands(folders, monkeypatch):
+    monkeypatch.chdir(folders / "alone")
+    config = LlamaConfig.from_pretrained(folders / "base")
+    plan = lading.plan(config, {"cpu": "1GiB"})
+    assert not any("lora" in key for placement in plan.placements for key in placement.keys)

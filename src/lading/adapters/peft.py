@@ -49,10 +49,10 @@ def find_adapter(request: ModelRequest) -> tuple[ModelRequest, Adapter | None]:
         CheckpointError: its configuration cannot be read, or it stands alone and names no model.
         MissingExtraError: there is one, and PEFT is not installed.
     """
-    path = find_file(replace(request.source, path_or_repo_id=request.directory_or_repo_id), _CONFIG)
+    place = request.directory_or_repo_id
+    path = find_file(replace(request.source, path_or_repo_id=place), _CONFIG) if place else None
     if path is None:
         return request, None
-    place = request.directory_or_repo_id
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError(
             refusal(
@@ -68,18 +68,18 @@ def find_adapter(request: ModelRequest) -> tuple[ModelRequest, Adapter | None]:
     adapter = Adapter(place=place, name=request.model_kwargs.get("adapter_name") or "default", kwargs=kwargs)
     if base == place:
         return request, adapter
-    return replace(request, source=replace(request.source, path_or_repo_id=base, revision=None)), adapter
+    return replace(request, source=replace(request.source, path_or_repo_id=base)), adapter
 
 
 def _base_of(path: Path, place: str, request: ModelRequest) -> str:
-    """Choose the base model as the installed transformers does: version 4 by its name, 5 by whole weights beside it."""
+    """Choose the base as transformers does: what the adapter names; in version 5 first a whole model beside it."""
     try:
         named = json.loads(path.read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             refusal(str(path), found=str(error), expected="a JSON object", way_out="save the adapter again")
         ) from error
-    has_model = find_file(replace(request.source, path_or_repo_id=place), "config.json") is not None
+    has_model = (Path(place).expanduser() / request.source.subfolder / "config.json").is_file()
     if has_model and (has_transformers5() or not named):
         return place
     if not isinstance(named, str) or not named:
