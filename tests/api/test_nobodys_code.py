@@ -189,3 +189,22 @@ def test_a_configuration_that_names_a_hub_kernel_as_attention_is_refused(planted
     for call in (lading.load, lambda path: lading.plan(path, {"cpu": "1GiB"})):
         with pytest.raises(CheckpointError, match=r"'somebody/kernel'.*pass attn_implementation="):
             call(folder)
+
+
+@pytest.mark.parametrize("planted", ["generation"], indirect=True)
+def test_other_files_that_name_classes_run_none_either(planted, tmp_path, monkeypatch):
+    """sentence-transformers' list of modules, and PEFT's word about the class that an adapter was made for."""
+    folder, mark = planted
+    monkeypatch.syspath_prepend(str(folder))
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "planted.PlantedModel"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"a module of type 'planted.PlantedModel'"):
+        lading.Embedder(str(folder))
+    (folder / "modules.json").unlink()
+    words = {"auto_mapping": {"base_model_class": "PlantedModel", "parent_library": "planted"}, "peft_type": "LORA"}
+    adapter = {**words, "base_model_name_or_path": str(folder), "target_modules": ["q_proj"], "task_type": None}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(LadingError):
+        lading.load(folder)
+    assert not mark.exists()
+    assert "planted" not in sys.modules
