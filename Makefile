@@ -8,10 +8,10 @@ T4 := .venv-t4/bin/python
 PYTEST := -m pytest -n $(CORES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-t5 test-t4 lint format bench clean env env-demo env-t5 env-t4 env-peers
+.PHONY: help demo test test-all test-t5 test-t4 test-matrix lint format bench clean env env-demo env-t5 env-t4 env-peers
 
 help: ## list these targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: env-demo ## embed Python's language reference with a real model and ask it two questions
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(T5) examples/demo.py
@@ -27,6 +27,9 @@ test-t4: env-t4
 test-all: env-t5 env-t4 ## run every test, the long law suites too
 	$(T5) $(PYTEST) --hypothesis-profile=full
 	$(T4) $(PYTEST) --hypothesis-profile=full
+
+test-matrix: env-t5 env-t4 ## run a short suite on each release of transformers; RELEASES="5.10.4 5.24.0+torch2.14.1" names others
+	@$(PYTHON) requirements/matrix.py $(RELEASES)
 
 lint: env-t5 ## check style, format and types
 	$(T5) -m ruff check .
@@ -55,6 +58,6 @@ env-peers: ## make the environment of nnsight and TransformerLens, for bench_cap
 	@$(PYTHON) requirements/make_env.py peers
 
 clean: ## delete the environments, caches and whatever the demo wrote
-	rm -rf .venv-t5 .venv-t4 .venv-peers .demo .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv-t5 .venv-t4 .venv-peers .venv-matrix-* .demo .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

@@ -23,7 +23,8 @@ import transformers
 Config = dict[str, Any]
 Inputs = dict[str, Any]
 
-MAJOR = int(transformers.__version__.split(".")[0])
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+MAJOR = RELEASE[0]
 PUBLIC = frozenset(dir(transformers))  # takes 0.2 s, so once
 VOCABULARY = 99
 FAMILIES = (
@@ -50,6 +51,7 @@ class Architecture:
     inputs: Callable[[], Inputs]  # deterministic keyword arguments of forward
     odd: str = ""  # what a loader must honour here and could miss; empty: nothing known
     majors: tuple[int, ...] = (4, 5)  # versions of transformers that this entry stands in
+    since: tuple[int, int] = (0, 0)  # the release in which transformers itself reads what it writes of this model
     forward: str = "__call__"  # the method that is called; some models have no plain forward
     prepare: Callable[[torch.nn.Module], None] | None = (
         None  # changes the built model before it is filled; None: nothing
@@ -63,7 +65,7 @@ class Architecture:
     @property
     def is_available(self) -> bool:
         """Whether the installed transformers has the class; nothing is imported to find out."""
-        return MAJOR in self.majors and self.model_class in PUBLIC
+        return MAJOR in self.majors and self.since <= RELEASE and self.model_class in PUBLIC
 
     def resolve(self) -> type[transformers.PreTrainedModel]:
         """Return the class."""
@@ -741,7 +743,7 @@ MULTIMODAL = [
         "latent_channels": 8, "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 1],
         "num_res_blocks": 1}}, tokens, odd="no assignment in v4"),
     entry("mllama", "multimodal", "MllamaForCausalLM", {**HEADS_OF_8, "cross_attention_layers": [],
-        "rope_scaling": {"rope_type": "default"}}, tokens, majors=(5,)),
+        "rope_scaling": {"rope_type": "default"}}, tokens, majors=(5,), since=(5, 6)),
     entry("qwen2_audio", "multimodal", "Qwen2AudioForConditionalGeneration", {"text_config": {**LLAMA,
         "model_type": "qwen2"}, "audio_config": {"model_type": "qwen2_audio_encoder", "d_model": 32,
         "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 16,
@@ -842,7 +844,7 @@ STATE_SPACE = [
         **WIDE_HEADS, "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "chunk_size": 8,
         "adapter_rank": 4, "num_mem_blocks": 1, "use_mem_eff_path": False, "layers_block_type": ["mamba", "hybrid",
         "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]}, tokens,
-        odd="a transformer block shared between layers, with adapters", majors=(5, )),
+        odd="a transformer block shared between layers, with adapters", majors=(5, ), since=(5, 1)),
     entry("bamba", "state-space", "BambaForCausalLM", {**LLAMA, "attn_layer_indices": [1], **MAMBA_2_PART}, tokens),
     entry("falcon_h1", "state-space", "FalconH1ForCausalLM", {**HEADS_OF_8, **MAMBA_2_PART, "mamba_d_ssm": 64}, tokens,
         odd="a non-persistent multiplier buffer"),

@@ -57,7 +57,7 @@ def keep_from_compiling(function: Callable[..., Any]) -> None:
     """Have torch.compile call a function as it is, and whatever it calls: never trace it, never compile it.
 
     ``torch.compiler.disable`` does the same, at the price of importing the compiler. The mark on the function is what
-    the tracer reads; the strategy of its code is what the interpreter's frame hook reads (torch 2.6 and later).
+    the tracer reads; the strategy of its code is what the interpreter's frame hook reads (torch 2.7 and later).
     """
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="lading moves weights here")
     run_uncompiled(function)

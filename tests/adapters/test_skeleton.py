@@ -62,7 +62,8 @@ def planned_bytes(described: Skeleton) -> list[tuple[str, int]]:
 
 def declared(model: nn.Module) -> set[str]:
     """Return the classes that transformers itself would not split."""
-    return set(model._no_split_modules if MAJOR == 5 else model._get_no_split_modules("auto"))
+    collect = getattr(model, "_get_no_split_modules", None)  # until 5.0; later each model holds those inside it too
+    return set(model._no_split_modules if collect is None else collect("auto"))
 
 
 # -- the zoo

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from architectures import AVAILABLE, MAJOR, ids
+from architectures import AVAILABLE, ids
 from lading.adapters.transformers_caches import CACHE_NAMES
 from lading.adapters.transformers_workload import call_order, memory_terms
 from lading.errors import PlanError
@@ -109,11 +109,10 @@ def test_cache_is_that_of_a_real_generation_to_the_byte(name):
 def test_cache_that_a_forward_does_not_give_is_refused_or_none():
     architecture = next(each for each in AVAILABLE if each.name == "recurrent_gemma")
     model = architecture.build()
-    if set(CACHE_NAMES) & set(inspect.signature(model.forward).parameters):  # transformers 5: kept from its caller
-        with pytest.raises(PlanError, match="RecurrentGemmaForCausalLM: found no cache"):
-            memory_terms(model, Workload(num_tokens=12))
-    else:  # transformers 4: kept in the modules, and counted among the activations
-        assert MAJOR == 4
+    if set(CACHE_NAMES) & set(inspect.signature(model.forward).parameters):  # of its caller, who does not get it back
+        with pytest.raises(PlanError, match="RecurrentGemmaForCausalLM: found no cache"):  # or estimated, and why
+            raise PlanError(memory_terms(model, Workload(num_tokens=12)).source["kv_cache"])
+    else:  # kept in the modules, and counted among the activations
         assert memory_terms(model, Workload(num_tokens=12)).kv_cache == {}
 
 

@@ -78,8 +78,10 @@ def test_one_model_gives_the_group_as_an_attribute():
 
 @pytest.mark.transformers5
 def test_an_encoder_and_a_decoder_each_have_their_group():
-    t5 = BY_NAME["t5"]
-    assert lading.capture(t5.build(), "hidden_states").groups == ("encoder.hidden_states", "decoder.hidden_states")
+    model = BY_NAME["moonshine"].build()  # declares in every release of transformers 5
+    assert [
+        each.partition(".hidden")[0].removeprefix("model.") for each in lading.capture(model, "hidden_states").groups
+    ] == ["encoder", "decoder"]
 
 
 def test_what_is_not_declared_is_refused_with_what_is():

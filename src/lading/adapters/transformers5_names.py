@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel, conversion_mapping, core_model_loading, modeling_utils
 
 _LOG = logging.getLogger(__name__)
-_VERSION = transformers.__version__
+_SUBJECT = f"transformers {transformers.__version__}"
 _CALLED: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (PreTrainedModel, "get_init_context", ("dtype", "is_quantized", "_is_ds_init_called", "allow_all_kernels")),
     (PreTrainedModel, "is_remote_code", ()),
@@ -48,7 +48,7 @@ def missing_names() -> tuple[str, ...]:
         if held is None or lacking:
             found.append(f"{place.__name__}.{name}" + (f"({', '.join(lacking)})" if held is not None else ""))
     if found:
-        _LOG.debug("transformers %s lacks %s: loading goes through from_pretrained", _VERSION, ", ".join(found))
+        _LOG.debug("%s lacks %s: loading goes through from_pretrained", _SUBJECT, ", ".join(found))
     return tuple(found)
 
 
