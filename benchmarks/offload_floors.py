@@ -5,7 +5,6 @@ Each reader reads the whole evicted file once in steps of 8 MiB, in turns with t
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import time
@@ -18,7 +17,7 @@ from torch import nn
 
 import lading
 import measure
-from lading.checkpoint.pages import Span, populate
+from lading.checkpoint.pages import Span, map_private, populate
 
 STEP_BYTES = 8 << 20
 
@@ -35,7 +34,7 @@ def read_by_pread(path: Path, ahead_bytes: int) -> None:
 
 def read_by_populate(path: Path, ahead_bytes: int) -> None:
     descriptor, num_bytes = os.open(path, os.O_RDONLY), path.stat().st_size
-    mapping = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    mapping = map_private(descriptor, num_bytes)
     first = Span.of(mapping).begin
     for offset in range(0, num_bytes, STEP_BYTES):
         if ahead_bytes:

@@ -47,7 +47,8 @@ def state():
 
 def run_fresh(code: str):
     """Run code in a fresh interpreter and return what it prints last, read as JSON."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    hidden = "import sys; sys.modules['torchao'] = None\n"  # it tells standard error what it cannot load
+    result = subprocess.run([sys.executable, "-c", hidden + code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return json.loads(result.stdout.splitlines()[-1])

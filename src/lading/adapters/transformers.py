@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lading.adapters.model_choice import ModelChoice
@@ -176,6 +175,10 @@ def _compute_own_buffers(model: Any, choice: ModelChoice) -> None:
     No checkpoint has them. transformers 5 builds models on meta and computes such buffers anew in its own classes only:
     in others they are whatever was in memory. Here the class is built once more, without memory for its weights.
     """
+    from transformers import (
+        PreTrainedModel,  # not at the top: importing it fails under every context that builds modules
+    )
+
     parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
     if not has_transformers5() or all(type(part).__module__.startswith("transformers.") for part in parts):
         return
