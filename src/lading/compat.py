@@ -99,3 +99,8 @@ def release(distribution: str) -> tuple[int, int] | None:
 def has_transformers5() -> bool:
     """Say whether transformers 5 or later is installed: its loader has conversions and other private names."""
     return (release("transformers") or (0, 0)) >= (5, 0)
+
+
+def prefers_model_beside_adapter() -> bool:
+    """Say whether transformers loads the whole model beside an adapter before the one that it names: since 5.4."""
+    return (release("transformers") or (0, 0)) >= (5, 4)

@@ -19,7 +19,7 @@ import torch
 
 from lading.adapters.model_request import ModelRequest
 from lading.checkpoint.locate import find_file
-from lading.compat import has_transformers5
+from lading.compat import prefers_model_beside_adapter
 from lading.errors import CheckpointError, MissingExtraError, MissingTensorError, name_list, refusal
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def find_adapter(request: ModelRequest) -> tuple[ModelRequest, Adapter | None]:
 
 
 def _base_of(path: Path, place: str, request: ModelRequest) -> str:
-    """Choose the base as transformers does: what the adapter names; in version 5 first a whole model beside it."""
+    """Choose the base as the installed transformers does: what the adapter names, or a whole model beside it."""
     try:
         named = json.loads(path.read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
@@ -80,7 +80,7 @@ def _base_of(path: Path, place: str, request: ModelRequest) -> str:
             refusal(str(path), found=str(error), expected="a JSON object", way_out="save the adapter again")
         ) from error
     has_model = (Path(place).expanduser() / request.source.subfolder / "config.json").is_file()
-    if has_model and (has_transformers5() or not named):
+    if has_model and (prefers_model_beside_adapter() or not named):
         return place
     if not isinstance(named, str) or not named:
         raise CheckpointError(
