@@ -72,9 +72,8 @@ def load_model(
         CheckpointError: names are left over and ``strict`` is ``"exact"``; or element types that cannot stand for each
             other.
     """
-    tensors = {
-        name: tensors[name] for shard in catalog.shards for name in shard.listing
-    }  # the first may tell the dtype
+    # In the order in which transformers meets them: where nothing else does, the first float tells the dtype.
+    tensors = {name: tensors[name] for shard in catalog.shards for name in shard.listing}
     with ONE_BUILD, _quiet_about_names():
         model, info, loader = _build(request, choice, catalog, tensors)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -126,9 +125,10 @@ def _build(
             raise
         _refuse_cast_kinds(_skeleton(choice), catalog)
         raise CheckpointError(f"{catalog.describe()}: {error}") from error
-    except CheckpointError:
-        raise
-    except ValueError as error:  # transformers 4, where the checkpoint has only what stands beside the base model
+    except ValueError as error:
+        if "state dictionary" not in str(error) or "corrupted" not in str(error):
+            raise
+        # transformers 4, where the checkpoint has only what stands beside the base model, such as a head
         skeleton = _skeleton(choice)
         hold(_names(sorted(set(skeleton.state_dict()) - set(tensors)), [], skeleton, catalog), strict=True)
         raise CheckpointError(f"{catalog.describe()}: {error}") from error
@@ -175,9 +175,8 @@ def _compute_own_buffers(model: Any, choice: ModelChoice) -> None:
     No checkpoint has them. transformers 5 builds models on meta and computes such buffers anew in its own classes only:
     in others they are whatever was in memory. Here the class is built once more, without memory for its weights.
     """
-    from transformers import (
-        PreTrainedModel,  # not at the top: importing it fails under every context that builds modules
-    )
+    # Not at the top of the file: it cannot be imported under a context that makes something of every module.
+    from transformers import PreTrainedModel
 
     parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
     if not has_transformers5() or all(type(part).__module__.startswith("transformers.") for part in parts):
