@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +124,11 @@ def run(folder: Path) -> tuple[str, str, dict[str, str]]:
     return found[0], found[1], outcomes
 
 
+def cells(line: str) -> list[str]:
+    """Give the versions of a row."""
+    return [cell.strip() for cell in line.split("|")[1:3]]
+
+
 def write(transformers: str, torch: str, outcomes: dict[str, str]) -> None:
     """Replace or add a row of the table."""
     row = f"| {transformers} | {torch} | {' | '.join(outcomes.values())} | {datetime.date.today()} |"
@@ -132,9 +136,7 @@ def write(transformers: str, torch: str, outcomes: dict[str, str]) -> None:
     head = next(place for place, line in enumerate(lines) if line.startswith("|---"))
     end = next((place for place in range(head, len(lines)) if not lines[place].startswith("|")), len(lines))
     rows = [line for line in lines[head + 1 : end] if not line.startswith(f"| {transformers} | {torch} |")]
-    rows = sorted(
-        [*rows, row], key=lambda line: [int(number) for number in re.findall(r"\d+", line.partition(" |")[0])]
-    )
+    rows = sorted([*rows, row], key=lambda line: [[int(number) for number in cell.split(".")] for cell in cells(line)])
     TABLE.write_text("\n".join([*lines[: head + 1], *rows, *lines[end:]]) + "\n", encoding="utf-8")
 
 
