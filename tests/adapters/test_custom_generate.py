@@ -30,3 +30,12 @@ def test_load_without_trust_leaves_generation_code_alone(model_path):
     model = lading.load(model_path)
     assert "generate" not in vars(model)
     assert model.generate(inputs=torch.ones(1, 2, dtype=torch.long), max_new_tokens=1).shape == (1, 3)
+
+
+@pytest.mark.transformers5
+def test_load_where_transformers_reads_the_generation_config_otherwise_is_refused(model_path, monkeypatch):
+    from transformers import GenerationMixin
+
+    monkeypatch.delattr(GenerationMixin, "adjust_generation_fn")
+    with pytest.raises(lading.CheckpointError, match="GenerationMixin without adjust_generation_fn"):
+        lading.load(model_path)

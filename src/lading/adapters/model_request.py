@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from lading.checkpoint.completeness import Strictness
 from lading.checkpoint.locate import Source
 from lading.compat import has_transformers5
+from lading.errors import CheckpointError, refusal
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,9 +61,25 @@ def load_generation_config(model: Any, request: ModelRequest) -> None:
 
     A ``generation_config`` that the caller gave takes its place, and no generation code is looked for then.
     transformers 4 also runs the code of a local folder that nobody said to trust; here it stays what it was.
+
+    Raises:
+        CheckpointError: this transformers reads it in a way that is not known here.
     """
-    if not model.can_generate() or (has_transformers5() and not hasattr(model, "adjust_generation_fn")):
+    if not model.can_generate():
         return
+    from transformers import GenerationMixin  # not at the top: it imports what no context may make something of
+
+    if has_transformers5() and not hasattr(model, "adjust_generation_fn"):
+        if isinstance(model, GenerationMixin):
+            raise CheckpointError(
+                refusal(
+                    "transformers",
+                    found="a GenerationMixin without adjust_generation_fn, which reads generation_config.json",
+                    expected="a release that lading knows",
+                    way_out="install one of those in docs/versions.md",
+                )
+            )
+        return  # it generates in a way of its own
     given = request.model_kwargs.get("generation_config")
     if given is not None:
         model.generation_config = model.generation_config.from_dict(given.to_dict())
