@@ -18,7 +18,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__main__.p
 def as_parameter(path: Path):
     parts = ["lading", *path.relative_to(SOURCE).with_suffix("").parts]
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    return pytest.param(name, id=name, marks=pytest.mark.transformers5 if name.endswith("transformers5") else ())
+    return pytest.param(name, id=name, marks=pytest.mark.transformers5 if "transformers5" in name else ())
 
 
 @pytest.mark.parametrize("name", [as_parameter(path) for path in FILES])

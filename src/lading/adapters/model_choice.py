@@ -287,7 +287,7 @@ def _from_auto_class(auto_class: Any, config: PretrainedConfig) -> type[Any] | N
 
 def _is_a_part(cls: Any, config: PretrainedConfig) -> bool:
     """Say whether a class is that of the text model in a composite."""
-    text = getattr(type(config), "sub_configs", {}).get("text_config")
+    text = getattr(config, "sub_configs", {}).get("text_config")
     return text is not None and getattr(cls, "config_class", None) is text
 
 
