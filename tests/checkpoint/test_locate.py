@@ -22,7 +22,7 @@ import torch
 from handmade import run_python
 from safetensors.torch import save, save_file
 
-from lading.checkpoint.locate import Source, candidates, find_entry, open_catalog, read_shard
+from lading.checkpoint.locate import Source, candidates, find_entry, find_file, open_catalog, read_shard
 from lading.checkpoint.mapping import map_catalog, tensors_of
 from lading.errors import CheckpointError, CheckpointNotFoundError, CorruptShardError, printable
 
@@ -451,3 +451,19 @@ print(len(open_catalog(sys.argv[1])))
 assert not {"torch", "transformers", "huggingface_hub", "numpy"} & set(sys.modules), sorted(sys.modules)
 """
     assert run_python(code, tmp_path) == "1\n"
+
+
+@pytest.mark.parametrize("is_absent", [True, False])
+def test_find_file_of_a_hub_that_fails_is_refused_and_not_taken_for_absent(monkeypatch, is_absent):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def answer(*_, **__):
+        raise LocalEntryNotFoundError("not in the cache") if is_absent else ConnectionResetError("cut off")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
+    source = Source(path_or_repo_id="org/name")
+    if is_absent:
+        assert find_file(source, "adapter_config.json") is None
+    else:
+        with pytest.raises(CheckpointNotFoundError, match="cut off"):
+            find_file(source, "adapter_config.json")

@@ -76,19 +76,25 @@ class Survey:
 
 
 def find_file(source: Source, name: str) -> Path | None:
-    """Find one file beside a checkpoint, on disk or in the hub's cache or on the hub; None: it is not there."""
+    """Find one file beside a checkpoint, on disk or in the hub's cache or on the hub; None: it is not there.
+
+    Raises:
+        CheckpointNotFoundError: the hub does not say whether it is there.
+    """
     path = Path(source.path_or_repo_id).expanduser()
     place = path.parent if path.is_file() else path / source.subfolder
     if path.exists():
         return place / name if (place / name).is_file() else None
     if path.is_absolute() or not _REPO_ID.fullmatch(source.path_or_repo_id):
         return None
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         return _download(source, name)
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):  # the first also: not in the cache
         return None
+    except (HfHubHTTPError, OSError) as error:  # whether it is there cannot be told
+        raise _not_on_hub(source, _first_line(error)) from error
 
 
 def candidates(variant: str | None = None) -> tuple[str, ...]:
